@@ -1,0 +1,1 @@
+"""file -> Row -> Example -> Segments -> TokenizedExample. See README.md in this folder."""

@@ -1,0 +1,43 @@
+"""The one meaning of "an example": a conversation whose assistant turns can be learnt.
+
+Every data format becomes this value, and every later stage starts from it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    ``input`` is the Alpaca row's context for an instruction; only user turns of Alpaca rows have one.
+    The prompt recipe decides where it stands.
+    """
+
+    role: Role
+    content: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of data, as every format sees it.
+
+    ``where`` names the row for error texts: ``train.jsonl:17``.
+    """
+
+    messages: tuple[Message, ...]
+    where: str
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """Everything before the last assistant turn."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The content of the last turn, which is always the assistant's."""
+        return self.messages[-1].content
