@@ -1,1 +1,1 @@
-
+"""TokenizedExamples -> Packs: shared prefixes stand once, nothing is split, nothing leaks."""

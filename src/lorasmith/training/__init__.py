@@ -1,1 +1,1 @@
-
+"""Packs + model -> adapter."""

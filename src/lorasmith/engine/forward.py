@@ -1,0 +1,189 @@
+"""The loss of one pack, by the fast parts that this model and these settings allow.
+
+    Pack -> [kept states of frozen layers] -> decoder over the pack -> hidden states at learnt positions -> loss
+
+Whatever is off is off by name: ``notes`` says why, for the screen.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorasmith.data.tokens import TokenizedExample
+from lorasmith.engine.attention import PACKED, lay_out_attention, why_not_packed
+from lorasmith.engine.frozen import (
+    FrozenStates,
+    compute_frozen_states,
+    first_adapted_layer,
+    num_bytes,
+    only_layers,
+)
+from lorasmith.engine.loss import summed_cross_entropy
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import SettingsError
+from lorasmith.packing.trie import Pack, pack_examples
+
+# Settings by which a model changes its logits after the head; each needs the model's own head.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class PackForward:
+    """Computes the summed loss of packs for one model."""
+
+    def __init__(self, model: PeftModel | PreTrainedModel, settings: EngineSettings) -> None:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        config = base.config.get_text_config()
+        notes: list[str] = []
+        reason = why_not_packed(base)
+        if settings.attention == "packed" and reason:
+            raise SettingsError(
+                f"engine.attention is packed, but {reason}. Use engine.attention=auto or padded for this model."
+            )
+        self.packed = settings.attention != "padded" and reason is None
+        if not self.packed and reason:
+            notes.append(f"padded rows instead of packs: {reason}")
+        dropout = max((m.p for m in base.modules() if isinstance(m, nn.Dropout)), default=0.0)
+        self.share_prefixes = settings.share_prefixes and self.packed and dropout == 0.0
+        if settings.share_prefixes and self.packed and dropout > 0.0:
+            notes.append(
+                f"shared prefixes are computed for each example apart: with dropout {dropout:g} one mask would "
+                "serve them all"
+            )
+        base.set_attn_implementation(PACKED if self.packed else "sdpa")
+
+        self._base = base
+        self._decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+        head = base.get_output_embeddings()
+        own_head = [name for name in _LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]
+        plain_head = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+        self._chunked = settings.chunked_loss and plain_head and not own_head
+        if settings.chunked_loss and not self._chunked:
+            notes.append(
+                f"logits by the model's own head: {own_head[0] if own_head else 'the head is trained'}"
+            )
+        self._head = head
+        self._frozen: dict[str, FrozenStates] = {}
+        self._cut = 0
+        if settings.reuse_frozen_layers and self.packed and dropout == 0.0:
+            self._cut = first_adapted_layer(self._decoder)
+        if settings.gradient_checkpointing:
+            base.enable_input_require_grads()
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.notes = tuple(notes)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._head.weight.device
+
+    @property
+    def frozen_layers(self) -> int:
+        """How many layers are computed once; 0 if nothing is kept."""
+        return self._cut if self._frozen else 0
+
+    def keep_frozen_states(
+        self,
+        name: str,
+        dataset: Sequence[TokenizedExample],
+        *,
+        max_tokens: int,
+        max_bytes: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> str | None:
+        """Compute and keep the states below the first adapted layer; return in words what was done, if anything.
+
+        Packs of ``dataset`` must then be given to :meth:`summed_loss` with the same ``name``.
+        """
+        if self._cut == 0:
+            return None
+        config = self._base.config.get_text_config()
+        needed = num_bytes(dataset, config.hidden_size, self._base.dtype)
+        if needed > max_bytes:
+            return (
+                f"layers 0 to {self._cut - 1} are frozen, but keeping their results takes {needed / 2**20:,.0f} MiB, "
+                f"more than the {max_bytes / 2**20:,.0f} MiB set aside: computed anew every epoch"
+            )
+        if not self._split_is_exact(dataset):
+            return (
+                f"{config.model_type} does not split at a layer: its frozen layers are computed every epoch"
+            )
+        self._frozen[name] = compute_frozen_states(
+            dataset, self._lower, max_tokens=max_tokens, on_progress=on_progress
+        )
+        return f"layers 0 to {self._cut - 1} are frozen: computed once and kept ({needed / 2**20:,.0f} MiB)"
+
+    def summed_loss(self, pack: Pack, name: str | None = None) -> torch.Tensor:
+        """Return the sum of cross-entropies over the learnt tokens of ``pack``, a float32 scalar with a graph.
+
+        Divide by the learnt tokens of the whole optimizer step for the mean that is trained on. ``name`` is the
+        data set whose kept states to use.
+        """
+        targets = torch.from_numpy(pack.targets).to(self._device)
+        weights = torch.from_numpy(pack.weights).to(self._device)
+        if self._chunked:
+            hidden = self._run(self._decoder, pack, name).last_hidden_state
+            learnt = hidden.flatten(0, 1).index_select(0, self._learnt_rows(pack))
+            return summed_cross_entropy(learnt, self._head.weight, self._head.bias, targets, weights)
+        if self.packed:
+            logits = self._run(self._base, pack, name, logits_to_keep=self._learnt_rows(pack)).logits[0]
+        else:
+            logits = self._run(self._base, pack, name).logits.flatten(0, 1)[self._learnt_rows(pack)]
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return (losses * weights).sum()
+
+    def _run(self, module: Any, pack: Pack, name: str | None = None, **extra: Any) -> Any:
+        """Call ``module``, the decoder or the whole model, on ``pack`` and return its output value."""
+        if not self.packed:
+            return module(**self._padded_inputs(pack), use_cache=False, **extra)
+        if name in self._frozen:
+            with only_layers(self._decoder, slice(self._cut, None), keep_norm=True):
+                return self._run_packed(module, pack, inputs_embeds=self._frozen[name].of(pack), **extra)
+        return self._run_packed(module, pack, input_ids=self._input_ids(pack), **extra)
+
+    def _run_packed(self, module: Any, pack: Pack, **inputs: Any) -> Any:
+        return module(
+            **inputs,
+            position_ids=torch.from_numpy(pack.position_ids).to(self._device)[None],
+            pack_layout=lay_out_attention(pack, self._device),
+            use_cache=False,
+        )
+
+    def _input_ids(self, pack: Pack) -> torch.Tensor:
+        return torch.from_numpy(pack.input_ids).to(self._device)[None]
+
+    def _learnt_rows(self, pack: Pack) -> torch.Tensor:
+        """Return which rows of the flattened hidden states the targets are predicted from, int64 [N]."""
+        rows = pack.logit_positions
+        if not self.packed:  # one segment a row, each padded to the longest
+            longest = max(segment.stop - segment.start for segment in pack.segments)
+            row_of_token = np.repeat(
+                np.arange(len(pack.segments)), [segment.stop - segment.start for segment in pack.segments]
+            )
+            rows = row_of_token[rows] * longest + pack.position_ids[rows]
+        return torch.from_numpy(rows).to(self._device)
+
+    def _padded_inputs(self, pack: Pack) -> dict[str, torch.Tensor]:
+        """Return the examples of an unshared pack one a row, padded on the right: input_ids and mask [B, T]."""
+        rows = [torch.from_numpy(pack.input_ids[segment.start : segment.stop]) for segment in pack.segments]
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        attention_mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return {"input_ids": input_ids.to(self._device), "attention_mask": attention_mask.to(self._device)}
+
+    def _lower(self, pack: Pack) -> torch.Tensor:
+        """Return the states [1, T, D] that enter the first adapted layer."""
+        with only_layers(self._decoder, slice(0, self._cut), keep_norm=False):
+            return self._run_packed(self._decoder, pack, input_ids=self._input_ids(pack)).last_hidden_state
+
+    @torch.no_grad()
+    def _split_is_exact(self, dataset: Sequence[TokenizedExample]) -> bool:
+        """Compare the split model with the whole one on the first example: some models do more between layers."""
+        pack = pack_examples(dataset, [0], max_tokens=len(dataset[0].input_ids))[0]
+        whole = self._run(self._decoder, pack).last_hidden_state
+        lower = self._lower(pack)
+        with only_layers(self._decoder, slice(self._cut, None), keep_norm=True):
+            split = self._run_packed(self._decoder, pack, inputs_embeds=lower).last_hidden_state
+        return bool(torch.allclose(whole, split, rtol=1e-4, atol=1e-4))

@@ -1,0 +1,59 @@
+"""Cross-entropy on the learnt positions only, in chunks.
+
+The output head is the largest matrix of a small model (49,152 x 576 for SmolLM2), and its logits the largest
+tensor of a step. A learnt position needs one row of them, once: each chunk's logits are made, turned into the
+gradient of the hidden states, and thrown away. Nothing of size [N, V] outlives its chunk.
+
+Shape letters: N predictions, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+
+_CHUNK_BYTES = 32 * 2**20  # float32 logits held at a time: larger ones leave the caches and page-fault
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Return ``sum_n weights[n] * cross_entropy(head @ hidden[n], targets[n])``, a float32 scalar.
+
+    ``hidden`` [N, D] in the compute dtype, ``head`` [V, D] and ``bias`` [V] frozen, ``targets`` int64 [N],
+    ``weights`` float32 [N]. The gradient of ``hidden`` is made in the forward pass, while the logits are there.
+    """
+    if head.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("the output head must be frozen: its gradient is not computed here")
+    return _SummedCrossEntropy.apply(hidden, head, bias, targets, weights)  # type: ignore[no-any-return]
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, head, bias, targets, weights):  # noqa: ANN001, ANN205 (torch's signature)
+        rows = max(1, _CHUNK_BYTES // (4 * head.shape[0]))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], head, bias).float()
+            peak = logits.amax(dim=-1, keepdim=True)
+            wanted = logits.gather(1, targets[part, None]).squeeze(1) - peak.squeeze(1)
+            shares = logits.sub_(peak).exp_()
+            norm = shares.sum(dim=-1, keepdim=True)
+            total += ((norm.squeeze(1).log() - wanted) * weights[part]).sum()
+            if gradient is not None:  # d loss / d logits = weight * (softmax - one_hot(target))
+                shares.mul_(weights[part, None] / norm)
+                shares.scatter_add_(1, targets[part, None], -weights[part, None])
+                gradient[part] = shares.to(head.dtype) @ head
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream):  # noqa: ANN001, ANN205
+        gradient = ctx.gradient
+        return (None if gradient is None else gradient * upstream.to(gradient.dtype)), None, None, None, None

@@ -1,0 +1,132 @@
+"""Checkpoints that appear whole or not at all, and from which a run goes on bit by bit as if never stopped.
+
+    checkpoints/
+      step-000050/
+        adapter/                plain PEFT: can be asked like a finished run
+        optimizer.safetensors   AdamW's two moments of every trained tensor
+        state.json              step, best validation so far, a probe loss, checksums of the files above
+      best                      text file: the name of the checkpoint with the lowest validation loss
+
+The order of examples and the random numbers of a step are functions of seed and step (schedule.py, loop.py), so
+the step number is all the position there is. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lorasmith.errors import ResumeError
+from lorasmith.model.adapter import load_weights, save_adapter
+from lorasmith.model.atomic import whole_folder, write_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, not yet loaded."""
+
+    folder: Path
+    step: int  # optimizer steps done
+    probe_loss: float  # mean loss of the last step's first pack, with the saved weights
+    best_validation: float | None
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    probe_loss: float,
+    best_validation: float | None,
+    is_best: bool,
+    keep: int,
+) -> Path:
+    """Write ``checkpoints/step-NNNNNN`` and remove all but the last ``keep`` and the best."""
+    root = run_dir / "checkpoints"
+    folder = root / f"step-{step:06d}"
+    with whole_folder(folder) as part:
+        save_adapter(model, part / "adapter", allow_zero=True)
+        save_file(_optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
+        state = {
+            "step": step,
+            "probe_loss": probe_loss,
+            "best_validation": best_validation,
+            "sha256": {str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))},
+        }
+        (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    if is_best:
+        write_whole(root / "best", folder.name + "\n")
+    best = best_checkpoint(run_dir)
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+    return folder
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """Return the folder of the checkpoint with the lowest validation loss, if there was a validation."""
+    pointer = run_dir / "checkpoints" / "best"
+    if not pointer.is_file():
+        return None
+    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    return folder if folder.is_dir() else None
+
+
+def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint whose files are whole, and what is wrong with newer ones, in words."""
+    complaints: list[str] = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            broken = [name for name, digest in state["sha256"].items() if _sha256(folder / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            complaints.append(f"{folder.name} cannot be read ({error}): the one before it is used")
+            continue
+        if broken:
+            complaints.append(f"{folder.name} is damaged ({', '.join(broken)}): the one before it is used")
+            continue
+        return Checkpoint(folder, state["step"], state["probe_loss"], state["best_validation"]), complaints
+    return None, complaints
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put the saved weights and moments into ``model`` and ``optimizer``."""
+    load_weights(model, checkpoint.folder / "adapter")
+    saved = load_file(checkpoint.folder / "optimizer.safetensors")
+    for name, parameter in _trained(model):
+        moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
+        missing = [key for key, value in moments.items() if value is None]
+        if missing or moments["exp_avg"].shape != parameter.shape:  # type: ignore[union-attr]
+            raise ResumeError(
+                f"{checkpoint.folder} has no optimizer state for {name} of shape {tuple(parameter.shape)}: it was "
+                "written with other method settings. Use the settings of that run, or start a new run.name."
+            )
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device)  # type: ignore[union-attr]
+            for key, value in moments.items()
+        }
+
+
+def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in _trained(model):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+

@@ -1,0 +1,232 @@
+"""The training loop: packs + model -> adapter, one StepReport a step.
+
+    for step:
+        take the step's examples -> packs
+        for each pack:  loss = sum over learnt tokens / learnt tokens of the whole step;  backward
+        clip, set the learning rate, AdamW
+        validate and save where it is time
+        yield StepReport
+
+The mean is over the learnt tokens of the step, so its cut into packs changes nothing but memory.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
+from lorasmith.engine.forward import PackForward
+from lorasmith.errors import NonFiniteLossError, ResumeError
+from lorasmith.packing.trie import Pack, pack_examples
+from lorasmith.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorasmith.training.schedule import examples_of_step, learning_rate_at
+from lorasmith.training.settings import TrainingSettings
+
+_PROBE_TOLERANCE = 1e-3  # relative: another machine or thread count rounds differently, other weights differ more
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did. Losses are means over learnt tokens, in nats."""
+
+    step: int  # steps done, from 1
+    num_steps: int
+    epoch: float
+    loss: float  # before this step's update
+    learning_rate: float
+    grad_norm: float  # before clipping
+    num_tokens: int  # computed: shared prefixes counted once
+    num_learnt_tokens: int
+    seconds: float  # of this step alone, without validation and saving
+    validation_loss: float | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def train(
+    model: PeftModel,
+    dataset: Sequence[TokenizedExample],
+    settings: TrainingSettings,
+    *,
+    forward: PackForward,
+    learning_rate: float,
+    run_dir: Path,
+    validation: Sequence[TokenizedExample] | None = None,
+    resume_from: Checkpoint | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepReport]:
+    """Train ``model`` on ``dataset`` and yield a report after each step; checkpoints go to ``run_dir``.
+
+    When ``should_stop()`` is true after a step, that step is saved and the loop ends early.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient is NaN or infinite. The weights before that step are saved.
+        ResumeError: ``resume_from`` does not give the loss that was noted when it was saved.
+    """
+    num_steps = settings.num_steps(len(dataset))
+    per_epoch = settings.steps_per_epoch(len(dataset))
+    evaluate_every = settings.evaluate_every or per_epoch
+    save_every = settings.save_every or per_epoch
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=settings.weight_decay)
+    best: float | None = None
+    first_step = 0
+    if resume_from is not None:
+        load_checkpoint(resume_from, model, optimizer)
+        first_step, best = resume_from.step, resume_from.best_validation
+        _check_probe(model, forward, _packs_of_step(dataset, first_step - 1, settings, forward)[0], resume_from)
+
+    for step in range(first_step, num_steps):
+        started = time.perf_counter()
+        packs = _packs_of_step(dataset, step, settings, forward)
+        num_learnt = sum(pack.num_learnt for pack in packs)
+        # The random numbers of a step depend on seed and step only: a resumed run draws the same dropout.
+        torch.manual_seed((settings.seed << 32) + step)
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for pack in packs:
+            mean = forward.summed_loss(pack, "train") / num_learnt
+            mean.backward()
+            loss += mean.item()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteLossError(_name_bad_rows(model, forward, dataset, packs, step + 1, loss, grad_norm))
+        rate = learning_rate_at(step, num_steps, settings, learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        seconds = time.perf_counter() - started
+
+        done = step + 1
+        stopping = should_stop()
+        last = done == num_steps
+        validation_loss = None
+        is_best = False
+        if validation is not None and (done % evaluate_every == 0 or last):
+            validation_loss = mean_loss(model, validation, settings, forward, name="validation")
+            is_best = best is None or validation_loss < best
+            best = validation_loss if is_best else best
+        checkpoint = None
+        if done % save_every == 0 or last or stopping or is_best:
+            checkpoint = save_checkpoint(
+                run_dir,
+                model,
+                optimizer,
+                step=done,
+                probe_loss=_probe_loss(model, forward, packs[0]),
+                best_validation=best,
+                is_best=is_best,
+                keep=settings.keep_checkpoints,
+            )
+        yield StepReport(
+            step=done,
+            num_steps=num_steps,
+            epoch=done / per_epoch,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            num_tokens=sum(pack.num_tokens for pack in packs),
+            num_learnt_tokens=num_learnt,
+            seconds=seconds,
+            validation_loss=validation_loss,
+            checkpoint=checkpoint,
+        )
+        if stopping:
+            return
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PeftModel,
+    dataset: Sequence[TokenizedExample],
+    settings: TrainingSettings,
+    forward: PackForward,
+    *,
+    name: str | None = None,
+) -> float:
+    """Return the mean cross-entropy over all learnt tokens of ``dataset``, in nats, without dropout."""
+    model.eval()
+    total, num_learnt = 0.0, 0
+    for low in range(0, len(dataset), 64):
+        indices = range(low, min(low + 64, len(dataset)))
+        for pack in _pack(dataset, indices, settings, forward):
+            total += forward.summed_loss(pack, name).item()
+            num_learnt += pack.num_learnt
+    return total / num_learnt
+
+
+def _packs_of_step(
+    dataset: Sequence[TokenizedExample], step: int, settings: TrainingSettings, forward: PackForward
+) -> list[Pack]:
+    return _pack(dataset, examples_of_step(step, len(dataset), settings), settings, forward)
+
+
+def _pack(
+    dataset: Sequence[TokenizedExample], indices: Sequence[int], settings: TrainingSettings, forward: PackForward
+) -> list[Pack]:
+    return pack_examples(
+        dataset,
+        indices,
+        max_tokens=settings.micro_batch_tokens,
+        max_examples=settings.micro_batch_size,
+        share_prefixes=forward.share_prefixes,
+    )
+
+
+@torch.no_grad()
+def _probe_loss(model: PeftModel, forward: PackForward, pack: Pack) -> float:
+    """Return the mean loss of one pack with the weights as they are: what a resumed run must get again."""
+    model.eval()
+    return forward.summed_loss(pack, "train").item() / pack.num_learnt
+
+
+def _check_probe(model: PeftModel, forward: PackForward, pack: Pack, checkpoint: Checkpoint) -> None:
+    found = _probe_loss(model, forward, pack)
+    if not math.isclose(found, checkpoint.probe_loss, rel_tol=_PROBE_TOLERANCE):
+        raise ResumeError(
+            f"{checkpoint.folder} was saved with a loss of {checkpoint.probe_loss:.6f} on its last examples; the "
+            f"same examples now give {found:.6f}. The base, the data or the code has changed since. Go back to "
+            "what the run was started with, or start a new run.name."
+        )
+
+
+@torch.no_grad()
+def _name_bad_rows(
+    model: PeftModel,
+    forward: PackForward,
+    dataset: Sequence[TokenizedExample],
+    packs: list[Pack],
+    step: int,
+    loss: float,
+    grad_norm: float,
+) -> str:
+    """Return the error text for a step that went wrong, with the rows whose own loss is not finite, or all rows."""
+    examples = [example for pack in packs for example in pack.examples]
+    model.eval()
+    bad = []
+    for example in examples:
+        length = len(dataset[example].input_ids)
+        pack = pack_examples(dataset, [example], max_tokens=length, share_prefixes=False)[0]
+        if not math.isfinite(forward.summed_loss(pack).item()):
+            bad.append(example)
+    named = ", ".join(dataset[example].where for example in bad or examples)
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+    which = "the rows with such a loss" if bad else "the rows of this step"
+    return (
+        f"The {what} at step {step}; {which}: {named}. The checkpoint before it is kept. "
+        "Look at these rows, lower training.learning_rate, or set base.dtype=float32."
+    )
+
+
+def count_learnt_tokens(dataset: Sequence[TokenizedExample]) -> int:
+    """Return the tokens of ``dataset`` that are learnt."""
+    return sum(int((example.labels != IGNORE_INDEX).sum()) for example in dataset)

@@ -1,0 +1,60 @@
+"""How the adapter is trained; section ``training`` of a run file."""
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TrainingSettings(BaseModel):
+    """A step is one optimizer step: ``batch_size`` examples, laid out in as many packs as memory asks for.
+
+    The defaults follow "LoRA Without Regret" (Schulman et al., 2025): a learning rate about ten times that of
+    full fine-tuning, and small batches.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: float = Field(3.0, gt=0, description="times that the training data is gone through")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
+    batch_size: int = Field(8, ge=1, description="examples in one step")
+    micro_batch_size: int | None = Field(None, ge=1, description="most examples in one pack; none: no limit")
+    micro_batch_tokens: int = Field(
+        2048, ge=8, description="most tokens in one pack: decides the memory, never the result"
+    )
+    learning_rate: float | Literal["auto"] = Field(
+        "auto", description="highest learning rate; auto: from the base's hidden size (5e-4 * (2000 / size)^0.781)"
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate goes down to 0 after the warm-up; constant: it does not"
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate goes up")
+    warmup_steps: int | None = Field(None, ge=0, description="the same as a number of steps; wins over the share")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of the adapter")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(0, ge=0, description="decides the adapter's start, the order of examples, and dropout")
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the training data that is held out for the validation loss"
+    )
+    evaluate_every: int | None = Field(None, ge=1, description="steps between validations; none: once an epoch")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; none: once an epoch")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints stay; the best stays too")
+
+    @model_validator(mode="after")
+    def _rate_is_positive(self) -> "TrainingSettings":
+        if self.learning_rate != "auto" and not (0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate must be a number above 0, or auto; it is {self.learning_rate}")
+        return self
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Return the steps of one epoch; the last one takes what is left."""
+        return math.ceil(num_examples / self.batch_size)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Return the steps of the whole run."""
+        steps = max(1, round(self.epochs * self.steps_per_epoch(num_examples)))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Return the steps in which the learning rate goes up."""
+        return self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * num_steps)
