@@ -1,1 +1,1 @@
-
+"""The ``lorasmith`` command. Nothing below imports torch before a command asks for it."""

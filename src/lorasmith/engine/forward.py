@@ -5,7 +5,8 @@
 Whatever is off is off by name: ``notes`` says why, for the screen.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class PackForward:
             )
         base.set_attn_implementation(PACKED if self.packed else "sdpa")
 
+        self._model = model
         self._base = base
         self._decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
         head = base.get_output_embeddings()
@@ -115,6 +117,18 @@ class PackForward:
             dataset, self._lower, max_tokens=max_tokens, on_progress=on_progress
         )
         return f"layers 0 to {self._cut - 1} are frozen: computed once and kept ({needed / 2**20:,.0f} MiB)"
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Let the model answer questions for a while: stock attention and no dropout, then back."""
+        was_training = self._model.training
+        self._base.set_attn_implementation("sdpa")
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._base.set_attn_implementation(PACKED if self.packed else "sdpa")
+            self._model.train(was_training)
 
     def summed_loss(self, pack: Pack, name: str | None = None) -> torch.Tensor:
         """Return the sum of cross-entropies over the learnt tokens of ``pack``, a float32 scalar with a graph.

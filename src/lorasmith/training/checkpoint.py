@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import ResumeError
-from lorasmith.model.adapter import load_weights, save_adapter
+from lorasmith.model.adapter import read_adapter_weights, save_adapter
 from lorasmith.model.atomic import whole_folder, write_whole
 
 
@@ -51,7 +51,7 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     folder = root / f"step-{step:06d}"
     with whole_folder(folder) as part:
-        save_adapter(model, part / "adapter", allow_zero=True)
+        save_adapter(model, part / "adapter", allow_no_effect=True)
         save_file(_optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
         state = {
             "step": step,
@@ -97,7 +97,7 @@ def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and moments into ``model`` and ``optimizer``."""
-    load_weights(model, checkpoint.folder / "adapter")
+    set_peft_model_state_dict(model, read_adapter_weights(checkpoint.folder / "adapter"))
     saved = load_file(checkpoint.folder / "optimizer.safetensors")
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}

@@ -68,7 +68,7 @@ def train(
     When ``should_stop()`` is true after a step, that step is saved and the loop ends early.
 
     Raises:
-        NonFiniteLossError: a loss or gradient is NaN or infinite. The weights before that step are saved.
+        NonFiniteLossError: a loss or gradient is NaN or infinite. The last checkpoint is kept.
         ResumeError: ``resume_from`` does not give the loss that was noted when it was saved.
     """
     num_steps = settings.num_steps(len(dataset))

@@ -58,3 +58,22 @@ class TrainingSettings(BaseModel):
     def num_warmup_steps(self, num_steps: int) -> int:
         """Return the steps in which the learning rate goes up."""
         return self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * num_steps)
+
+
+class OutputSettings(BaseModel):
+    """Where a run is written and who is told of it; section ``run`` of a run file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the run; none: data and date"
+    )
+    root: str = Field("runs", description="folder that holds the runs")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the last checkpoint of a run of this name; never: refuse to"
+    )
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
+        (), description="experiment trackers that also get every step's metrics; each needs its extra"
+    )
+    sample_questions: tuple[str, ...] = Field((), description="questions asked during training, to watch it learn")
+    sample_every: int | None = Field(None, ge=1, description="steps between them; none: once an epoch")

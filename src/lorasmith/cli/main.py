@@ -1,0 +1,97 @@
+"""The command line: a name for each command, its module imported when it is called.
+
+``lorasmith --help`` imports no command, so it answers at once; ``lorasmith train --help`` imports one.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from lorasmith import __version__
+from lorasmith.errors import DataError, LorasmithError, SettingsError
+
+# In the order of the road, which is the order of the help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("Write a commented run file and sample data, ready to train.", "Start"),
+    "check": ("Read a data file as training will: receipt, statistics, what the model sees.", "Start"),
+    "train": ("Train a LoRA adapter from a run file, or from --model and --data.", "The road"),
+    "ask": ("Ask one question of a run, an adapter or a merged model.", "The road"),
+    "chat": ("Talk with a run, an adapter or a merged model.", "The road"),
+    "merge": ("Fold an adapter into its base, and prove that the answers stay the same.", "The road"),
+    "runs": ("List the runs on this machine.", "Look"),
+    "doctor": ("Say what this machine has, what is missing, and what mends it.", "Look"),
+    "demo": ("The whole road on the handbook example: check, train, ask, merge, report.", "Start"),
+}
+
+EXIT_WRONG_INPUT = 2
+EXIT_FAILED = 1
+
+
+class _CommandsOnDemand(TyperGroup):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        text, panel = COMMANDS[cmd_name]
+        if _only_lists_commands(ctx):
+            return typer.core.TyperCommand(cmd_name, help=text, rich_help_panel=panel)
+        module = importlib.import_module(f"lorasmith.cli.{cmd_name}")
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        settings: dict[str, Any] = getattr(module, "CONTEXT_SETTINGS", {})
+        app.command(cmd_name, context_settings=settings)(module.command)
+        command = get_command(app)
+        command.name = cmd_name
+        return command
+
+
+def _only_lists_commands(ctx: click.Context) -> bool:
+    """Whether this call prints the list of commands: no command was named."""
+    return not any(word in COMMANDS for word in sys.argv[1:])
+
+
+app = typer.Typer(
+    cls=_CommandsOnDemand,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Teach a LLaMA-family model what your team knows. Everything runs on this machine.",
+    epilog="Begin with: lorasmith demo, or: lorasmith init my-model",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorasmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lorasmith(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a LorasmithError is printed as text, without a traceback."""
+    try:
+        app(prog_name="lorasmith")
+    except LorasmithError as error:
+        from rich.markup import escape
+
+        from lorasmith.cli.console import error_console
+
+        error_console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_WRONG_INPUT if isinstance(error, (SettingsError, DataError)) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)

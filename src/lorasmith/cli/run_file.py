@@ -1,0 +1,194 @@
+"""Run file < environment < flags -> RunFile: the only place that knows every section.
+
+A run file is YAML with one mapping per section (``base``, ``data``, ``prompt``, ``method``, ``engine``,
+``training``, ``run``). ``LORASMITH_TRAINING__EPOCHS=2`` overrides it, ``training.epochs=2`` on the command line
+overrides both. All faults are reported together.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorasmith.data.settings import DataSettings, PromptSettings
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import SettingsError
+from lorasmith.model.base import BaseSettings
+from lorasmith.model.methods import LoraSettings
+from lorasmith.training.settings import OutputSettings, TrainingSettings
+
+ENVIRONMENT_PREFIX = "LORASMITH_"
+
+
+class RunFile(BaseModel):
+    """Everything that a run depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    data: DataSettings
+    prompt: PromptSettings = Field(default_factory=PromptSettings)
+    method: LoraSettings = Field(default_factory=LoraSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    run: OutputSettings = Field(default_factory=OutputSettings)
+
+
+def load_run_file(
+    path: str | Path | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> RunFile:
+    """Return the settings of the run file at ``path``, overridden by the environment and by ``section.key=value``.
+
+    Paths in the file that exist relative to its folder are taken so; overrides are relative to the working folder.
+
+    Raises:
+        SettingsError: the file cannot be read, or any setting is unknown or has a wrong value; names them all.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}  # section.key -> where its value comes from
+    faults: list[str] = []
+    if path is not None:
+        _take_file(Path(path), values, sources, faults)
+    for name, text in sorted((os.environ if environ is None else environ).items()):
+        section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if name.startswith(ENVIRONMENT_PREFIX) and separator:
+            _take(values, sources, f"{section}.{key}", _parse(text), name)
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or name.count(".") != 1:
+            faults.append(f'"{override}" is not of the form section.key=value, for example training.epochs=3')
+        else:
+            _take(values, sources, name, _parse(text), "command line")
+    try:
+        run_file = RunFile.model_validate(values)
+    except ValidationError as error:
+        faults += [_describe(fault, sources, path) for fault in error.errors()]
+        run_file = None
+    if faults or run_file is None:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise SettingsError(f"{count} in the settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return run_file
+
+
+def setting_names() -> dict[str, str]:
+    """Return every section.key with its description, in the order of the run file."""
+    return {
+        f"{section}.{key}": field.description or ""
+        for section, holder in RunFile.model_fields.items()
+        for key, field in holder.annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def _take_file(
+    path: Path, values: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[str]
+) -> None:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in Path(path.parent).glob("*.y*ml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " Make one with: lorasmith init"
+        raise SettingsError(f"There is no run file {path}.{hint}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(
+            f"{path} holds {'nothing' if content is None else type(content).__name__}; a run file is a mapping of "
+            f"sections: {', '.join(RunFile.model_fields)}."
+        )
+    for section, settings in content.items():
+        if section in RunFile.model_fields and isinstance(settings, dict):
+            for key, value in settings.items():
+                if (section, key) in _PATHS:
+                    value = _relative_to(path.parent, value)
+                _take(values, sources, f"{section}.{key}", value, str(path))
+        elif section in RunFile.model_fields and settings is None:
+            continue  # a section whose settings are all commented out
+        else:
+            faults.append(f"{path}: {_describe_unknown(str(section), is_section=True)}")
+
+
+_PATHS = {("data", "train"), ("data", "validation"), ("base", "model"), ("prompt", "recipe")}
+
+
+def _relative_to(folder: Path, value: Any) -> Any:
+    """Return ``value`` as a path from the run file's folder if something is there, else as it is."""
+    if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
+        return os.path.normpath(folder / value)
+    return value
+
+
+def _take(
+    values: dict[str, dict[str, Any]], sources: dict[str, str], name: str, value: Any, source: str
+) -> None:
+    section, _, key = name.partition(".")
+    values.setdefault(section, {})[key] = value
+    sources[name] = source
+
+
+def _parse(text: str) -> Any:
+    """Read one value as YAML would: 3 is a number, true a truth value, [a, b] a list."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def _describe(fault: Any, sources: Mapping[str, str], path: str | Path | None) -> str:
+    """Return one pydantic fault in the words of a run file."""
+    name = ".".join(str(part) for part in fault["loc"][:2])
+    source = sources.get(name, str(path) if path is not None else "command line")
+    if fault["type"] == "missing":
+        way_out = "name your data: data.train=FILE, or --data FILE" if name.startswith("data") else "set it"
+        return f"{name if '.' in name else name + '.train'} is missing; {way_out}"
+    if fault["type"] == "extra_forbidden":
+        return f"{source}: {_describe_unknown(name, is_section='.' not in name)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if name not in sources:  # a rule over several settings of a section
+        return f"{name}: {message}"
+    return f"{source}: {name} is {fault['input']!r}: {message}"
+
+
+def _describe_unknown(name: str, *, is_section: bool) -> str:
+    names = list(setting_names())
+    section, _, key = name.partition(".")
+    if is_section:
+        owners = [known for known in names if known.endswith(f".{name}")]
+        if owners:
+            return f"{name} stands at the top; it belongs in a section: {owners[0]}"
+        near = difflib.get_close_matches(name, list(RunFile.model_fields), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(RunFile.model_fields)}"
+        return f"there is no section {name}; {hint}"
+    elsewhere = [known for known in names if known.endswith(f".{key}")]
+    here = [known for known in names if known.startswith(f"{section}.")]
+    near = elsewhere or difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{section} has {', '.join(k.partition('.')[2] for k in here)}"
+    return f"there is no setting {name}; {hint}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but a key that stands twice is an error and 1e-4 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f'"{key}" stands twice, again in line {line}; keep one of them')
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,259 @@
+"""``lorasmith train``: a run file (or a model and data) becomes a run folder with an adapter."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorasmith.cli.console import console
+from lorasmith.cli.run_file import RunFile, load_run_file, setting_names
+from lorasmith.errors import RunError, SettingsError
+
+if TYPE_CHECKING:
+    from lorasmith.training.job import TrainingJob
+    from lorasmith.training.loop import StepReport
+
+CONTEXT_SETTINGS = {"ignore_unknown_options": False}
+EXIT_STOPPED = 3
+
+
+def command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN.yaml] [SECTION.KEY=VALUE]...",
+            help="A run file, then settings that override it, such as training.epochs=5.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: Hub id, folder, .gguf file; the same as base.model=.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data file, folder or Hub data set id; the same as data.train=.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder; the same as run.name=.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped run; refuse to start a new one.")
+    ] = False,
+    list_settings: Annotated[bool, typer.Option("--list-settings", help="Print every setting and end.")] = False,
+) -> None:
+    """Train a LoRA adapter.
+
+    A run file is made by [bold]lorasmith init[/]; without one, --data is enough: lorasmith train --data faq.json
+    """
+    if list_settings:
+        _print_settings()
+        return
+    words = list(arguments or ())
+    path = words.pop(0) if words and "=" not in words[0] else None
+    flags = {"base.model": model, "data.train": data, "run.name": name}
+    words += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if path is None and not words:
+        raise SettingsError(
+            "Nothing to train: name a run file (lorasmith init makes one), or data: lorasmith train --data FILE"
+        )
+    run_file = load_run_file(path, words)
+    run_dir = choose_run_dir(run_file, resume=resume)
+    stopped = not train_run(run_file, run_dir)
+    if stopped:
+        again = f"lorasmith train {path or ''} {' '.join(words)}".replace("  ", " ").strip()
+        if name is None and run_file.run.name is None:
+            again += f" --name {run_dir.name}"
+        console.print(f"Stopped and saved. Go on with: [bold]{escape(again)}[/]", soft_wrap=True)
+        sys.exit(EXIT_STOPPED)
+
+
+def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
+    """Return the folder of the run: by its name, or a new one named by the data and the time."""
+    root = Path(run_file.run.root)
+    if run_file.run.name is not None:
+        run_dir = root / run_file.run.name
+        if resume and not (run_dir / "run.json").is_file():
+            raise RunError(f"There is no run {run_dir} to go on with. Leave --resume out to start it.")
+        return run_dir
+    if resume:
+        raise SettingsError("--resume needs the name of the run: --name NAME, or run.name in the run file.")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(run_file.data.train).stem).strip("-._")
+    return root / f"{stem or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def train_run(run_file: RunFile, run_dir: Path) -> bool:
+    """Train into ``run_dir`` with everything shown on screen; return False if it was stopped before its end."""
+    console.print(f"Run folder: [bold]{escape(str(run_dir))}[/]", soft_wrap=True)
+    if (run_dir / "run.json").is_file() and _is_finished(run_dir, run_file):
+        return True
+    from lorasmith.model.memory import keep_freed_memory
+
+    keep_freed_memory()
+    from lorasmith.training.job import hold_run, prepare_job, run_job
+
+    with hold_run(run_dir), _stop_on_signals() as should_stop:
+        with _reading_progress() as progress:
+            job = prepare_job(
+                run_dir,
+                base=run_file.base,
+                data=run_file.data,
+                prompt=run_file.prompt,
+                method=run_file.method,
+                engine=run_file.engine,
+                training=run_file.training,
+                output=run_file.run,
+                settings=run_file.model_dump(mode="json"),
+                say=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+                progress=progress,
+            )
+        _print_plan(job)
+        report = None
+        with _training_progress() as show:
+            for report in run_job(job, should_stop):
+                show(report)
+                _ask_samples(job, report)
+        if report is not None and report.step < report.num_steps:
+            return False
+    _print_result(run_dir)
+    return True
+
+
+def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
+    from lorasmith.training.job import is_finished
+
+    if not is_finished(run_dir):
+        return False
+    if run_file.run.resume == "never":
+        raise RunError(f"{run_dir} is there already. Choose another run.name, or remove the folder.")
+    console.print(
+        "This run is finished already; nothing was trained. To train again, choose another name "
+        "([bold]run.name=NAME[/]) or remove the folder."
+    )
+    _print_result(run_dir)
+    return True
+
+
+def _print_plan(job: "TrainingJob") -> None:
+    """Say what will be done, and what packing saves."""
+    from lorasmith.packing.plan import predict_gain
+
+    gain = predict_gain(job.dataset, job.training.batch_size)
+    console.print(
+        f"{len(job.dataset):,} examples, {job.num_steps:,} steps of {job.training.batch_size} examples. "
+        f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "
+        f"[bold]{gain.shared:,}[/] with shared prefixes."
+    )
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Any]:
+    """Turn the first SIGINT or SIGTERM into a clean stop after the step; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("Stopping after this step; the run can be gone on with. (Ctrl-C again: stop at once)")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reading_progress() -> Iterator[Any]:
+    """Show a bar for each slow part of the preparation, by its name."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def _training_progress() -> Iterator[Any]:
+    """Show step, loss, rate, speed and time left; where there is no terminal, a line now and then instead."""
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=24),
+        TextColumn("loss [bold]{task.fields[loss]}[/]  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None, loss="-", rate="-", speed="-")
+
+        def show(report: "StepReport") -> None:
+            speed = f"{report.tokens_per_second:,.0f}"
+            bars.update(
+                task,
+                completed=report.step,
+                total=report.num_steps,
+                loss=f"{report.loss:.3f}",
+                rate=f"{report.learning_rate:.2g}",
+                speed=speed,
+            )
+            every = max(1, report.num_steps // 20)
+            if not console.is_terminal and (report.step % every == 0 or report.step in (1, report.num_steps)):
+                console.print(
+                    f"step {report.step}/{report.num_steps}  loss {report.loss:.3f}  "
+                    f"rate {report.learning_rate:.2g}  {speed} tokens/s"
+                )
+            if report.validation_loss is not None:
+                console.print(f"step {report.step}: validation loss [bold]{report.validation_loss:.3f}[/]")
+
+        yield show
+
+
+def _ask_samples(job: "TrainingJob", report: "StepReport") -> None:
+    """Ask the run's sample questions when it is time, of the model as it stands."""
+    questions = job.output.sample_questions
+    every = job.output.sample_every or job.training.steps_per_epoch(len(job.dataset))
+    if not questions or (report.step % every and report.step != report.num_steps):
+        return
+    from lorasmith.generation.chat import Chat
+    from lorasmith.generation.sampling import SamplingSettings
+
+    with job.forward.asking():
+        chat = Chat(job.model, job.tokenizer, job.recipe)
+        answers = chat.ask_many(list(questions), sampling=SamplingSettings(max_tokens=64))
+    for question, answer in zip(questions, answers, strict=True):
+        console.print(f"[dim]step {report.step}[/] {escape(question)} [bold]→[/] {escape(answer.text.strip())}")
+
+
+def _print_result(run_dir: Path) -> None:
+    from lorasmith.export.card import write_card
+    from lorasmith.model.run_record import read_run_record
+
+    record = read_run_record(run_dir)
+    assert record.result is not None, "printed only after the end"
+    write_card(run_dir)
+    result = record.result
+    console.print(
+        f"Done: loss [bold]{result['final_loss']:.3f}[/] after {result['steps']:,} steps, "
+        f"{result['training_seconds']:,.0f} s of training. Adapter: [bold]{escape(str(run_dir / 'adapter'))}[/]",
+        soft_wrap=True,
+    )
+    console.print(f'Next: [bold]lorasmith ask "your question" --run {escape(str(run_dir))} --compare[/]', soft_wrap=True)
+
+
+def _print_settings() -> None:
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    for name, description in setting_names().items():
+        section, _, key = name.partition(".")
+        field = RunFile.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+        default = "(needed)" if field.is_required() else str(field.default)
+        table.add_row(f"[bold]{name}[/]", escape(default), escape(description))
+    console.print(table)

@@ -1,0 +1,283 @@
+"""A run folder from settings: everything between "train this" and the first step, and after the last.
+
+    runs/handbook/
+      run.json        written before the first step, and again with the result
+      receipt.json    what became of every row
+      metrics.jsonl   every step        loss.png   the same as a picture
+      checkpoints/    while training, and after it the last and the best
+      adapter/        plain PEFT: the result
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
+from lorasmith.data.prompts import PromptRecipe, choose_recipe
+from lorasmith.data.settings import DataSettings, PromptSettings
+from lorasmith.data.tokens import TokenizedExample
+from lorasmith.engine.forward import PackForward
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import DataError, ResumeError, RunError
+from lorasmith.model.adapter import save_adapter
+from lorasmith.model.atomic import write_whole
+from lorasmith.model.base import BaseSettings, load_base, load_tokenizer, resolve_base
+from lorasmith.model.device import choose_device
+from lorasmith.model.methods import LoraSettings, attach_adapter, count_trainable
+from lorasmith.model.run_record import RunRecord, read_run_record, write_run_record
+from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
+from lorasmith.training.loop import StepReport, train
+from lorasmith.training.reporters import MetricsFile, Trackers, draw_loss, read_metrics
+from lorasmith.training.schedule import split_for_validation, suggest_learning_rate
+from lorasmith.training.settings import OutputSettings, TrainingSettings
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # what is done, how many are done, of how many
+
+_SHARE_OF_MEMORY_FOR_FROZEN_STATES = 0.25
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run that is ready for its first (or next) step."""
+
+    run_dir: Path
+    record: RunRecord
+    recipe: PromptRecipe
+    tokenizer: PreTrainedTokenizerBase
+    model: PeftModel
+    forward: PackForward
+    dataset: Sequence[TokenizedExample]
+    validation: Sequence[TokenizedExample] | None
+    training: TrainingSettings
+    output: OutputSettings
+    learning_rate: float
+    resume_from: Checkpoint | None
+
+    @property
+    def num_steps(self) -> int:
+        return self.training.num_steps(len(self.dataset))
+
+
+def prepare_job(
+    run_dir: Path,
+    *,
+    base: BaseSettings,
+    data: DataSettings,
+    prompt: PromptSettings,
+    method: LoraSettings,
+    engine: EngineSettings,
+    training: TrainingSettings,
+    output: OutputSettings,
+    settings: dict[str, Any],
+    say: Say = lambda line: None,
+    progress: Progress = lambda what, done, total: None,
+) -> TrainingJob:
+    """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
+
+    ``settings`` is the resolved run file as plain values; it is recorded, and compared when a run goes on.
+
+    Raises:
+        LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
+    """
+    resolved = resolve_base(base, tell=say)
+    tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
+    recipe, reason = choose_recipe(prompt, tokenizer)
+    say(f"Prompt recipe: {recipe.name} ({reason})")
+    all_rows = prepare_dataset(data, recipe, tokenizer, progress=progress)
+    kept, held_out = split_for_validation(len(all_rows), training)
+    if not kept:
+        raise DataError(
+            f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "
+            f"{len(all_rows)} used, {len(held_out)} held out. See the receipt: lorasmith check {data.train}"
+        )
+    dataset = all_rows.subset(kept)
+    validation: TokenizedDataset | None = all_rows.subset(held_out) if held_out else None
+    if data.validation is not None:
+        validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=progress)
+        if len(validation) == 0:
+            raise DataError(f"{data.validation} holds no example that can be used for the validation loss.")
+
+    record = RunRecord(
+        name=run_dir.name,
+        base=resolved.ref,
+        recipe=recipe.to_json(),
+        settings=settings,
+        data={
+            "source": data.train,
+            "fingerprint": all_rows.fingerprint,
+            "num_examples": len(dataset),
+            "num_validation": 0 if validation is None else len(validation),
+        },
+    )
+    resume_from = _what_to_resume(run_dir, record, output, say)
+
+    choice = choose_device(base.device, base.dtype)
+    say(f"Number format: {str(choice.dtype).removeprefix('torch.')} ({choice.reason})")
+    model = load_base(resolved, choice, trust_remote_code=base.trust_remote_code)
+    config = model.config.get_text_config()
+    model = attach_adapter(model, method, seed=training.seed)
+    forward = PackForward(model, engine)
+    rate = training.learning_rate
+    if rate == "auto":
+        rate = suggest_learning_rate(config.model_type, config.hidden_size)
+        say(f"Learning rate: {rate:.2g} (from the base's hidden size {config.hidden_size})")
+    trained = count_trainable(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    say(f"Adapter: {trained:,} trainable numbers beside {total - trained:,} frozen ones")
+    for note in forward.notes:
+        say(f"Note: {note}")
+
+    room = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY_FOR_FROZEN_STATES)
+    for name, examples in (("train", dataset), ("validation", validation)):
+        passes = training.epochs if name == "train" else 2
+        if examples is not None and passes > 1:
+            note = forward.keep_frozen_states(
+                name,
+                examples,
+                max_tokens=training.micro_batch_tokens,
+                max_bytes=room,
+                on_progress=lambda done, total: progress("Frozen layers", done, total),
+            )
+            if note and name == "train":
+                say(f"Frozen layers: {note}")
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume_from is None:
+        write_run_record(run_dir, record)
+        write_whole(run_dir / "receipt.json", json.dumps(all_rows.receipt.to_json(), indent=2) + "\n")
+    else:
+        record = read_run_record(run_dir)
+    return TrainingJob(
+        run_dir, record, recipe, tokenizer, model, forward, dataset, validation, training, output, rate, resume_from
+    )
+
+
+def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
+    """Do the job's steps, yield a report after each, and save the adapter after the last.
+
+    Stopped early by ``should_stop``, the run keeps a checkpoint to go on from and gets no adapter/.
+    """
+    first_step = job.resume_from.step if job.resume_from else 0
+    metrics = MetricsFile(job.run_dir / "metrics.jsonl", first_step=first_step)
+    trackers = Trackers(job.output.trackers, job.run_dir, job.record.settings)
+    started = time.monotonic()
+    report = None
+    try:
+        for report in train(
+            job.model,
+            job.dataset,
+            job.training,
+            forward=job.forward,
+            learning_rate=job.learning_rate,
+            run_dir=job.run_dir,
+            validation=job.validation,
+            resume_from=job.resume_from,
+            should_stop=should_stop,
+        ):
+            metrics.write(report)
+            trackers.log(report)
+            yield report
+    finally:
+        metrics.close()
+        trackers.close()
+        draw_loss(job.run_dir)
+    if report is None or report.step == report.num_steps:
+        _finish(job, time.monotonic() - started)
+
+
+def _finish(job: TrainingJob, seconds: float) -> None:
+    """Save the adapter and write the result into run.json."""
+    norm = save_adapter(job.model, job.run_dir / "adapter")
+    steps = read_metrics(job.run_dir / "metrics.jsonl")
+    result = {
+        "steps": job.num_steps,
+        "final_loss": steps[-1]["loss"],
+        "validation_loss": next((m["validation_loss"] for m in reversed(steps) if "validation_loss" in m), None),
+        "tokens": sum(m["num_tokens"] for m in steps),
+        "training_seconds": round(sum(m["seconds"] for m in steps), 1),
+        "seconds": round(seconds, 1),
+        "update_norm": norm,
+    }
+    write_run_record(job.run_dir, job.record.model_copy(update={"result": result}))
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Return whether ``run_dir`` holds a run that was trained to its end."""
+    return (run_dir / "run.json").is_file() and read_run_record(run_dir).result is not None
+
+
+@contextmanager
+def hold_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training into ``run_dir`` at the same time; the lock dies with the process.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunError(
+            f"{run_dir} is being trained by another process. Wait for it, or choose another name with run.name=NAME."
+        ) from None
+
+
+def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, say: Say) -> Checkpoint | None:
+    """Return the checkpoint to go on from, or None for a new run; refuse a run that was started otherwise."""
+    if not (run_dir / "run.json").is_file():
+        return None
+    old = read_run_record(run_dir)
+    if output.resume == "never":
+        raise RunError(f"{run_dir} is there already. Choose another run.name, or run.resume=auto to go on with it.")
+    differences = _differences(old, record)
+    if differences:
+        raise ResumeError(
+            f"{run_dir} was started with other settings, so it cannot be gone on with:\n"
+            + "\n".join(f"  - {line}" for line in differences)
+            + "\nUse the settings of that run, or start a new one with run.name=NAME."
+        )
+    checkpoint, complaints = last_checkpoint(run_dir)
+    for complaint in complaints:
+        say(f"Warning: {complaint}")
+    if checkpoint is None:
+        say("The run has no checkpoint yet: it starts from the beginning")
+    else:
+        say(f"Going on from step {checkpoint.step} ({checkpoint.folder})")
+    return checkpoint
+
+
+# What may differ between the two halves of a run: nothing here changes a weight.
+_HARMLESS = {("training", "keep_checkpoints"), ("training", "save_every"), ("data", "cache_dir")}
+
+
+def _differences(old: RunRecord, new: RunRecord) -> list[str]:
+    found = []
+    if old.base.fingerprint != new.base.fingerprint:
+        found.append(f"base: weights {old.base.fingerprint[:12]} then, {new.base.fingerprint[:12]} now")
+    if old.data["fingerprint"] != new.data["fingerprint"]:
+        found.append(f"data: {old.data['source']} has changed since")
+    if old.recipe["fingerprint"] != new.recipe["fingerprint"]:
+        found.append("prompt: it renders another text than then")
+    for section, values in new.settings.items():
+        if section in ("run", "base", "prompt"):
+            continue  # run says where, not what; the other two are compared above by what they lead to
+        for key, value in values.items():
+            before = old.settings.get(section, {}).get(key)
+            if before != value and (section, key) not in _HARMLESS and key not in ("train", "validation"):
+                found.append(f"{section}.{key}: {before} then, {value} now")
+    for key in ("dtype", "device"):
+        before, now = old.settings["base"].get(key), new.settings["base"].get(key)
+        if before != now:
+            found.append(f"base.{key}: {before} then, {now} now")
+    return found
