@@ -1,0 +1,36 @@
+"""Keep the loading noise of transformers and the Hub off the user's screen."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence progress bars, advice and deprecation notices of the model libraries inside the block.
+
+    Errors still raise; the libraries' settings are put back on leaving. Not for use from several threads.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, showed_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_showed_bars = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # disables the Hub's bars as well
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # transformers warns itself about its own names; a user can mend nothing there.
+            warnings.filterwarnings(
+                "ignore", category=FutureWarning, module=r"(transformers|huggingface_hub|torch|peft)"
+            )
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # load_adapter raises
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if showed_bars:
+            logging.enable_progress_bar()
+        if hub_showed_bars:
+            enable_progress_bars()
