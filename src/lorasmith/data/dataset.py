@@ -1,0 +1,308 @@
+"""From a file to tokens that are ready to be packed: the five steps in one call, cached by content.
+
+    read -> messages -> duplicates out -> render, tokenise (worker processes) -> overlong policy -> receipt
+
+The first start of 1,000,000 rows reads and tokenises with all cores; memory holds the rows in flight and some
+numbers for each row. The second start finds the index, which is named by the sha256 of the files, the
+settings, the recipe and the tokenizer, and reads no row. Tokens stay on the disk, mapped into memory.
+"""
+
+import hashlib
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from lorasmith.data.cache import cache_dir
+from lorasmith.data.example import Message
+from lorasmith.data.index import RowIndex, RowTable, read_index, write_index
+from lorasmith.data.prompts import PromptRecipe, special_tokens
+from lorasmith.data.readers import Position
+from lorasmith.data.reading import read_examples
+from lorasmith.data.receipt import Ledger, Receipt
+from lorasmith.data.settings import DataSettings
+from lorasmith.data.shards import open_shard_tokens, read_shard_rows, shard_key, unpack_tokens
+from lorasmith.data.sources import Source, open_source
+from lorasmith.data.tokens import TokenizedExample, label, tokenizer_json, truncate
+from lorasmith.data.workers import Job, ShardWriter, count_cores, write_shards_here, write_shards_in_workers
+from lorasmith.errors import DataError, OverlongError
+
+SHARD_ROWS = 10_000
+ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it saves
+OVERLONG = "too long"  # the receipt's word for rows over max_seq_len
+_MAX_LISTED = 1000  # faults in an error's text
+_CACHE_VERSION = 1
+
+# (rows tokenised, share of the source that they are): what a progress bar needs
+Progress = Callable[[int, float], None]
+
+
+class TokenizedDataset(Sequence[TokenizedExample]):
+    """The used examples of a source, in file order.
+
+    ``lengths`` is int32 [N] in tokens, ``num_learnt`` int32 [N] the learnt ones among them. ``receipt`` is
+    of the whole source, also for a subset. ``fingerprint`` is the sha256 of the data.
+    """
+
+    def __init__(
+        self, index: RowIndex, table: RowTable, folder: Path, max_seq_len: int, fingerprint: str
+    ) -> None:
+        self._index = index
+        self._table = table
+        self._folder = folder
+        self._max_seq_len = max_seq_len
+        self._tokens: dict[int, np.ndarray] = {}  # shards opened so far
+        self.receipt = index.receipt
+        self.fingerprint = fingerprint
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._table.lengths
+
+    @property
+    def num_learnt(self) -> np.ndarray:
+        return self._table.num_learnt
+
+    def where(self, i: int) -> str:
+        """Return the file:line of example ``i``."""
+        return f"{self._index.files[self._table.file_numbers[i]]}:{self._table.lines[i]}"
+
+    def subset(self, indices: Sequence[int] | np.ndarray | slice) -> "TokenizedDataset":
+        """Return the examples at ``indices``, in that order; no token is copied."""
+        chosen = self._table.select(np.arange(len(self))[indices])
+        return TokenizedDataset(self._index, chosen, self._folder, self._max_seq_len, self.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, i: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, i: slice) -> "TokenizedDataset": ...
+    def __getitem__(self, i: int | slice) -> "TokenizedExample | TokenizedDataset":
+        if isinstance(i, slice):
+            return self.subset(i)
+        start, stored = self._table.starts[i], self._table.stored[i]
+        shard = int(self._table.shards[i])
+        if shard not in self._tokens:
+            self._tokens[shard] = open_shard_tokens(self._folder, self._index.shard_keys[shard])
+        ids, is_learnt = unpack_tokens(self._tokens[shard][start : start + stored])
+        if stored != self._table.lengths[i]:
+            cut = truncate(ids, is_learnt, self._max_seq_len)
+            assert cut is not None  # rows that cannot be cut are not in the table
+            ids, is_learnt = cut
+        return TokenizedExample(ids, label(ids, is_learnt), self.where(i))
+
+
+def prepare_dataset(
+    data: DataSettings,
+    prompt: PromptRecipe,
+    tokenizer,
+    *,
+    source: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TokenizedDataset:
+    """Read, account for and tokenise ``source`` (default: ``data.train``), or find it all in the cache.
+
+    Raises:
+        DataError: the source cannot be read, rows of it are wrong (all are listed), or no row is left.
+        OverlongError: examples are longer than max_seq_len, and the policy is "error".
+        MissingExtraError: the source needs a package that is not installed.
+    """
+    dataset = examine_dataset(data, prompt, tokenizer, source=source, progress=progress)
+    raise_faults(dataset.receipt, data)
+    return dataset
+
+
+def raise_faults(receipt: Receipt, data: DataSettings) -> None:
+    """Raise the error that lists every fault of a receipt; return if there is none."""
+    if not receipt.failed:
+        if receipt.used == 0:
+            skipped = (
+                ", ".join(f"{n} {reason}" for reason, n in receipt.skipped.items()) or "the source is empty"
+            )
+            raise DataError(
+                f"{receipt.source}: no row can be used ({skipped}). A row needs a question and an answer; "
+                f"lorasmith check {receipt.source} shows the receipt."
+            )
+        return
+    listed = [f"{where}: {reason}" for where, reason in receipt.faults[:_MAX_LISTED]]
+    if len(receipt.faults) > _MAX_LISTED:
+        listed.append(f"and {len(receipt.faults) - _MAX_LISTED:,} more")
+    is_overlong = OVERLONG in receipt.failed
+    ways_out = []
+    if len(receipt.failed) > is_overlong:
+        ways_out.append(
+            "Fix the rows, or pass --on-bad-row skip (data.on_bad_row) to leave them out, counted."
+        )
+    if is_overlong:
+        ways_out.append(
+            "For the overlong rows pass --overlong drop (they are left out, counted) or --overlong truncate "
+            f"(the end token is kept), or raise --max-seq-len ({data.max_seq_len})."
+        )
+    counts = f"{receipt.num_failed:,} of {receipt.rows_read:,} rows are wrong"
+    error = OverlongError if is_overlong and len(receipt.failed) == 1 else DataError
+    raise error("\n".join([f"{receipt.source}: {counts}; nothing was trained.", *listed, *ways_out]))
+
+
+def examine_dataset(
+    data: DataSettings,
+    prompt: PromptRecipe,
+    tokenizer,
+    *,
+    source: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TokenizedDataset:
+    """Do what :func:`prepare_dataset` does, and leave wrong rows to the caller: they are in the receipt.
+
+    Raises:
+        DataError: the source cannot be read at all.
+    """
+    opened = open_source(source or data.train, split=data.split)
+    fingerprint = opened.fingerprint()
+    folder = (Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir()) / "data"
+    writer = ShardWriter(
+        folder / "shards", prompt.to_json(), tokenizer_json(tokenizer), special_tokens(tokenizer)
+    )
+    text_key = _sha256([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
+    policies = [data.format, data.on_bad_row, data.max_seq_len, data.overlong]
+    path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.npz"
+    index = read_index(path)
+    if index is None or any(read_shard_rows(writer.folder, key) is None for key in index.shard_keys):
+        index = _make_index(opened, data, writer, text_key, progress or (lambda rows, share: None))
+        write_index(path, index)
+    return TokenizedDataset(index, index.table, writer.folder, data.max_seq_len, fingerprint)
+
+
+def _make_index(
+    source: Source, data: DataSettings, writer: ShardWriter, text_key: str, progress: Progress
+) -> RowIndex:
+    files = tuple(file.name for file in source.files)
+    ledger = Ledger(source.name, files, skips_faults=data.on_bad_row == "skip")
+    chunks = list(_write_shards(source, data, writer, text_key, ledger, progress))
+    table = _tabulate(chunks, writer.folder, files, ledger)
+    table = _apply_overlong_policy(table, chunks, data, writer.folder, files, ledger)
+    return RowIndex(table, files, tuple(chunk.key for chunk in chunks), ledger.close())
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The rows of one shard: its name, and where each row came from."""
+
+    key: str
+    wheres: tuple[str, ...]
+    num_rows_until: int  # of the source's used rows, with this chunk's
+    share_until: float
+
+
+def _write_shards(
+    source: Source, data: DataSettings, writer: ShardWriter, text_key: str, ledger: Ledger, progress: Progress
+) -> Iterator[_Chunk]:
+    """Read the source and have every shard written that is not there yet; yield the chunks in order."""
+    chunks: deque[_Chunk] = deque()  # read, and their shards perhaps not yet written
+
+    def missing_jobs() -> Iterator[Job]:
+        for chunk, conversations in _read_chunks(source, data, text_key, ledger):
+            chunks.append(chunk)
+            if read_shard_rows(writer.folder, chunk.key) is None:
+                yield Job(chunk.key, conversations)
+
+    jobs = missing_jobs()
+    first = list(itertools.islice(jobs, ROWS_FOR_WORKERS // SHARD_ROWS))
+    jobs = itertools.chain(first, jobs)
+    if sum(len(job.conversations) for job in first) < ROWS_FOR_WORKERS:
+        written = write_shards_here(writer, jobs)
+    else:
+        written = write_shards_in_workers(writer, jobs, count_cores())
+    for job in written:
+        while chunks and (chunk := chunks.popleft()):
+            progress(chunk.num_rows_until, chunk.share_until)
+            yield chunk
+            if chunk.key == job.key:
+                break
+    yield from chunks  # their shards were there already
+
+
+def _read_chunks(
+    source: Source, data: DataSettings, text_key: str, ledger: Ledger
+) -> Iterator[tuple[_Chunk, list[tuple[Message, ...]]]]:
+    position, size, num_rows = Position(), max(1, source.size), 0
+    examples = read_examples(source, data.format, ledger, position)
+    while chunk := list(itertools.islice(examples, SHARD_ROWS)):
+        num_rows += len(chunk)
+        key = shard_key(text_key, [digest for _, digest in chunk])
+        wheres = tuple([example.where for example, _ in chunk])
+        conversations = [example.messages for example, _ in chunk]
+        yield _Chunk(key, wheres, num_rows, min(1.0, position.done / size)), conversations
+
+
+def _tabulate(chunks: Sequence[_Chunk], folder: Path, files: Sequence[str], ledger: Ledger) -> RowTable:
+    """Return the table of all rows that the recipe took; enter the refused ones as faults."""
+    file_numbers = {name: number for number, name in enumerate(files)}
+    tables = [_empty_table()]
+    for number, chunk in enumerate(chunks):
+        rows = read_shard_rows(folder, chunk.key)
+        assert rows is not None  # the shard was just written
+        taken = rows.lengths >= 0
+        for i, refusal in zip(np.flatnonzero(~taken), rows.refusals, strict=True):
+            ledger.fail("recipe", chunk.wheres[i], refusal, was_used=True)
+        lengths = np.where(taken, rows.lengths, 0)
+        places = [where.rpartition(":") for where in chunk.wheres]
+        table = RowTable(
+            shards=np.full(len(lengths), number, np.int32),
+            starts=np.cumsum(lengths, dtype=np.int64) - lengths,
+            stored=lengths,
+            lengths=lengths,
+            num_learnt=rows.num_learnt,
+            file_numbers=np.array([file_numbers[name] for name, _, _ in places], np.int32),
+            lines=np.array([int(line) for _, _, line in places], np.int64),
+        )
+        tables.append(table.select(taken))
+    return RowTable(
+        *(np.concatenate([getattr(t, column.name) for t in tables]) for column in fields(RowTable))
+    )
+
+
+def _empty_table() -> RowTable:
+    narrow, wide = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    return RowTable(narrow, wide, narrow, narrow, narrow, narrow, wide)
+
+
+def _apply_overlong_policy(
+    table: RowTable,
+    chunks: Sequence[_Chunk],
+    data: DataSettings,
+    folder: Path,
+    files: Sequence[str],
+    ledger: Ledger,
+) -> RowTable:
+    """Take the rows over max_seq_len out of the table, or cut them, and enter them in the ledger."""
+    lengths, num_learnt = table.lengths.copy(), table.num_learnt.copy()
+    keeps = np.ones(len(table), bool)
+    for i in np.flatnonzero(table.lengths > data.max_seq_len):
+        where = f"{files[table.file_numbers[i]]}:{table.lines[i]}"
+        detail = f"{table.lengths[i]} tokens, max_seq_len is {data.max_seq_len}"
+        if data.overlong == "truncate":
+            tokens = open_shard_tokens(folder, chunks[table.shards[i]].key)
+            packed = tokens[table.starts[i] : table.starts[i] + table.stored[i]]
+            cut = truncate(*unpack_tokens(packed), data.max_seq_len)
+            if cut is not None:
+                lengths[i], num_learnt[i] = len(cut[0]), cut[1].sum()
+                ledger.truncate()
+                continue
+            ledger.skip("no room for an answer", where, detail, was_used=True)
+        elif data.overlong == "drop":
+            ledger.skip(OVERLONG, where, detail, was_used=True)
+        else:
+            ledger.refuse(OVERLONG, where, detail, was_used=True)
+        keeps[i] = False
+    return replace(table, lengths=lengths, num_learnt=num_learnt).select(keeps)
+
+
+def _sha256(values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,0 +1,202 @@
+"""Row formats -> messages: one function for each format, and the choice among them.
+
+    alpaca             {"instruction": "...", "input": "...", "output": "..."}        input may be missing
+    prompt_completion  {"prompt": "...", "completion": "..."}                         or two lists of messages
+    messages           {"messages": [{"role": "user", "content": "..."}, ...]}
+    sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}
+
+Extra keys are ignored. A row that cannot be used raises :class:`RowProblem`, which says whether it is
+skipped (nothing to learn from) or an error (somebody has to look).
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorasmith.data.example import Message, Role
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+class RowProblem(Exception):  # noqa: N818  (not an error for the caller: one row's fate)
+    """A row that is not used. ``reason`` is one of few words, to be counted; ``detail`` says more."""
+
+    def __init__(self, reason: str, detail: str = "", *, is_error: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+        self.is_error = is_error
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """``keys`` are those that a row of this format must have; ``title`` is its name in a sentence."""
+
+    name: str
+    title: str
+    keys: tuple[str, ...]
+    to_messages: Callable[[Mapping[str, Any]], tuple[Message, ...]]
+
+    def read(self, fields: Mapping[str, Any]) -> tuple[Message, ...]:
+        """Return the conversation of a row.
+
+        Raises:
+            RowProblem: the row has nothing to learn, or is of another format.
+        """
+        if any(key not in fields for key in self.keys):
+            other = detect_format(fields)
+            if other or not any(key in fields for key in self.keys):
+                what = f"a row of {other.title}" if other else describe_keys(fields)
+                raise RowProblem(
+                    "another schema",
+                    f"{what}, in a file of {self.title} ({' and '.join(self.keys)})",
+                    is_error=True,
+                )
+        messages = self.to_messages(fields)
+        if not messages or messages[-1].role != "assistant":
+            raise RowProblem("missing answer", "the last turn is not the assistant's")
+        if all(message.role != "user" for message in messages):
+            raise RowProblem("missing instruction", "no turn is the user's")
+        return messages
+
+
+def _alpaca(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    instruction = _text(fields, "instruction", "instruction")
+    context = "" if _is_blank(fields.get("input")) else _text(fields, "input", "input")
+    answer = _text(fields, "output", "answer")
+    return Message("user", instruction, context), Message("assistant", answer)
+
+
+def _prompt_completion(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
+        return _turns([*fields["prompt"], *fields["completion"]], "role", "content")
+    prompt, completion = _text(fields, "prompt", "instruction"), _text(fields, "completion", "answer")
+    return Message("user", prompt), Message("assistant", completion)
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    return _turns(fields["messages"], "role", "content")
+
+
+def _sharegpt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    return _turns(fields["conversations"], "from", "value")
+
+
+FORMATS = {
+    f.name: f
+    for f in (  # the order is the precedence where a row has the keys of several
+        Format("messages", "OpenAI messages", ("messages",), _messages),
+        Format("sharegpt", "ShareGPT conversations", ("conversations",), _sharegpt),
+        Format("alpaca", "Alpaca rows", ("instruction", "output"), _alpaca),
+        Format("prompt_completion", "prompt/completion rows", ("prompt", "completion"), _prompt_completion),
+    )
+}
+
+
+def detect_format(fields: Mapping[str, Any]) -> Format | None:
+    """Return the format all of whose keys the row has. Preference rows (chosen, rejected) are none of "
+    "ours."""
+    if "chosen" in fields and "rejected" in fields:
+        return None
+    return next((f for f in FORMATS.values() if all(key in fields for key in f.keys)), None)
+
+
+def explain_unknown(fields: Mapping[str, Any]) -> str:
+    """Say why a row is of no known format, and which is nearest."""
+    if "chosen" in fields and "rejected" in fields:
+        return "These are preference rows (chosen, rejected). Training on answers needs rows with one answer."
+
+    def likeness(f: Format) -> float:
+        return sum(
+            max((difflib.SequenceMatcher(None, key, k).ratio() for k in fields), default=0) for key in f.keys
+        )
+
+    nearest = max(FORMATS.values(), key=lambda f: likeness(f) / len(f.keys))
+    known = "; ".join(f"{f.title}: {', '.join(f.keys)}" for f in FORMATS.values())
+    return f"{describe_keys(fields)}. The nearest format is {nearest.title} ({', '.join(nearest.keys)}). Known: {known}."
+
+
+def describe_keys(fields: Mapping[str, Any]) -> str:
+    return f"keys found: {', '.join(map(str, fields)) or 'none'}"
+
+
+def _turns(turns: Any, role_key: str, content_key: str) -> tuple[Message, ...]:
+    if not isinstance(turns, Iterable) or isinstance(turns, str | bytes | Mapping):
+        raise RowProblem(
+            "another schema", f"the turns are a {type(turns).__name__}, not a list", is_error=True
+        )
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise RowProblem("another schema", f"turn {number} is not an object", is_error=True)
+        # Both spellings are in use under either key.
+        role_name = turn.get(role_key, turn.get("role", turn.get("from")))
+        key = content_key if content_key in turn else ("content" if "content" in turn else "value")
+        role = _ROLES.get(role_name) if isinstance(role_name, str) else None
+        if role is None:
+            raise RowProblem(
+                "unknown role",
+                f"turn {number} is of {role_name!r}; known: {', '.join(_ROLES)}",
+                is_error=True,
+            )
+        if role == "system" and _is_blank(turn.get(key)):
+            continue
+        what = {"assistant": "answer", "user": "instruction", "system": "system prompt"}[role]
+        messages.append(
+            Message(role, _text({key: _joined_parts(turn.get(key))} if key in turn else {}, key, what))
+        )
+    return tuple(messages)
+
+
+def _joined_parts(content: Any) -> Any:
+    """Return the text of OpenAI's content parts, [{"type": "text", "text": ...}, ...]; else the content "
+    "itself."""
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
+    ):
+        texts = [part.get("text") for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    return content
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _text(fields: Mapping[str, Any], key: str, what: str) -> str:
+    """Return a field that must be text with something in it.
+
+    Raises:
+        RowProblem: to be skipped, but an error where the text has control characters.
+    """
+    value = fields.get(key)
+    if value is None:
+        raise RowProblem(
+            f"{'null' if key in fields else 'missing'} {what}", f'"{key}", {describe_keys(fields)}'
+        )
+    if not isinstance(value, str):
+        raise RowProblem(f"{what} is not text", f'"{key}" is a {type(value).__name__}')
+    if not value.strip():
+        raise RowProblem(f"empty {what}", f'"{key}"')
+    if control := _CONTROL.search(value):
+        raise RowProblem("control character", f'U+{ord(control.group()):04X} in "{key}"', is_error=True)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RowProblem("lone surrogate", f'half a character in "{key}"') from None
+    return value

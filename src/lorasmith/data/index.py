@@ -1,0 +1,63 @@
+"""The index of a tokenised source: for each used row, where its tokens are and where it came from.
+
+One .npz file named by everything that it depends on. With it a second start reads no row of the data.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lorasmith.data.cache import write_atomically
+from lorasmith.data.receipt import Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """N used rows. ``stored`` is a row's length in its shard, ``lengths`` the one after the overlong "
+    "policy."""
+
+    shards: np.ndarray  # int32 [N], into RowIndex.shard_keys
+    starts: np.ndarray  # int64 [N], into the tokens of the shard
+    stored: np.ndarray  # int32 [N], tokens
+    lengths: np.ndarray  # int32 [N], tokens
+    num_learnt: np.ndarray  # int32 [N], tokens; after the overlong policy
+    file_numbers: np.ndarray  # int32 [N], into RowIndex.files
+    lines: np.ndarray  # int64 [N]
+
+    def select(self, rows: np.ndarray) -> "RowTable":
+        """Return the table of ``rows``: indices, or one bool for each row."""
+        return RowTable(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndex:
+    table: RowTable
+    files: tuple[str, ...]
+    shard_keys: tuple[str, ...]
+    receipt: Receipt
+
+
+def write_index(path: Path, index: RowIndex) -> None:
+    """Write the index, whole or not at all."""
+    meta = {"files": index.files, "shard_keys": index.shard_keys, "receipt": index.receipt.to_json()}
+    columns = {column.name: getattr(index.table, column.name) for column in fields(RowTable)}
+    # A receipt may quote rows with any character: ASCII JSON, as bytes.
+    meta_bytes = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    write_atomically(path, lambda file: np.savez(file, meta=meta_bytes, **columns))
+
+
+def read_index(path: Path) -> RowIndex | None:
+    """Return the index that was written there, None if none was."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            meta = json.loads(arrays["meta"].tobytes())
+            table = RowTable(*(arrays[column.name] for column in fields(RowTable)))
+    except FileNotFoundError:
+        return None
+    receipt = Receipt.from_json(meta["receipt"])
+    return RowIndex(table, tuple(meta["files"]), tuple(meta["shard_keys"]), receipt)

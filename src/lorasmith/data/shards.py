@@ -1,0 +1,114 @@
+"""Tokenised rows on the disk: a shard is the tokens of 10,000 examples, named by what they were made from.
+
+    <key>.npy    int32 [all tokens of the shard]; a token that is not learnt stands as its complement, ~id
+    <key>.npz    int32 [rows]: number of tokens (-1: the recipe refused the row), number of learnt tokens
+
+The .npz file is written last, each of the two under another name first: if it is there the shard is whole.
+The key holds every example's text, the recipe and the tokenizer, so a shard is found again after a crash,
+after rows were appended to the file, and in another file with the same rows; it is never out of date.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorasmith.data.cache import write_atomically
+from lorasmith.data.example import Example, Message
+from lorasmith.data.prompts import PromptRecipe
+from lorasmith.data.tokens import Encoder
+from lorasmith.errors import RecipeError
+
+_ENCODE_AT_ONCE = 500  # conversations given to the Rust tokenizer in one call; bounds a worker's memory
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """What is known of a shard's rows, N of them. A length of -1 is a row that the recipe refused."""
+
+    lengths: np.ndarray  # int32 [N], tokens
+    num_learnt: np.ndarray  # int32 [N], tokens
+    refusals: tuple[str, ...]  # the reasons, in the order of the refused rows
+
+
+def digest_messages(messages: Sequence[Message]) -> bytes:
+    """Return 16 bytes that differ for different conversations."""
+    # No text holds U+0000: rows with control characters are refused before.
+    text = "\0".join([part for m in messages for part in (m.role, m.content, m.input)])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def shard_key(prefix: str, digests: Sequence[bytes]) -> str:
+    """Return the name of the shard with these conversations; ``prefix`` names the recipe and the "
+    "tokenizer."""
+    return hashlib.sha256(prefix.encode() + b"".join(digests)).hexdigest()
+
+
+def write_shard(
+    folder: Path,
+    key: str,
+    conversations: Sequence[tuple[Message, ...]],
+    recipe: PromptRecipe,
+    encoder: Encoder,
+) -> None:
+    """Render and tokenise conversations, and write them as one shard."""
+    pieces: list[np.ndarray] = []
+    lengths, num_learnt, refusals = [], [], []
+    for start in range(0, len(conversations), _ENCODE_AT_ONCE):
+        rendered = []
+        for messages in conversations[start : start + _ENCODE_AT_ONCE]:
+            try:
+                rendered.append(recipe.render(Example(messages, where="")))
+            except RecipeError as error:
+                rendered.append(None)
+                refusals.append(str(error))
+        encoded = iter(encoder.encode_many([segments for segments in rendered if segments is not None]))
+        for segments in rendered:
+            if segments is None:
+                lengths.append(-1)
+                num_learnt.append(0)
+                continue
+            ids, is_learnt = next(encoded)
+            pieces.append(np.where(is_learnt, ids, ~ids))
+            lengths.append(len(ids))
+            num_learnt.append(int(is_learnt.sum()))
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    write_atomically(
+        _tokens_path(folder, key), lambda file: np.save(file, tokens.astype(np.int32, copy=False))
+    )
+    rows = {
+        "lengths": np.array(lengths, np.int32),
+        "num_learnt": np.array(num_learnt, np.int32),
+        "refusals": np.array(refusals, np.str_),
+    }
+    write_atomically(_rows_path(folder, key), lambda file: np.savez(file, **rows))
+
+
+def read_shard_rows(folder: Path, key: str) -> ShardRows | None:
+    """Return what is known of a finished shard's rows, None if the shard is not finished."""
+    try:
+        with np.load(_rows_path(folder, key), allow_pickle=False) as rows:
+            return ShardRows(rows["lengths"], rows["num_learnt"], tuple(rows["refusals"].tolist()))
+    except FileNotFoundError:
+        return None
+
+
+def open_shard_tokens(folder: Path, key: str) -> np.ndarray:
+    """Return the shard's tokens, int32, mapped from the disk."""
+    return np.load(_tokens_path(folder, key), mmap_mode="r", allow_pickle=False)
+
+
+def unpack_tokens(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (input_ids int32 [T], is_learnt bool [T]) from a row as it stands in a shard."""
+    is_learnt = packed >= 0
+    return np.where(is_learnt, packed, ~packed), is_learnt
+
+
+def _tokens_path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.npy"
+
+
+def _rows_path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.npz"

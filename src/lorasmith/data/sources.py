@@ -1,0 +1,190 @@
+"""Find what the user named: a data file, a folder of them, or a data set on the Hub."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorasmith.data.readers import READERS, BlankLine, Item, Position, Row, RowFault
+from lorasmith.errors import DataError, MissingExtraError
+
+__all__ = [
+    "BlankLine",
+    "DataFile",
+    "Item",
+    "Position",
+    "Row",
+    "RowFault",
+    "Source",
+    "open_source",
+    "read_rows",
+]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SUFFIXES = ", ".join(READERS)
+
+
+class DataFile(Protocol):
+    """A part of a source whose rows share one format."""
+
+    @property
+    def name(self) -> str:
+        """What stands before the colon of file:line."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The value of Position.done when all is read."""
+        ...
+
+    def rows(self, position: Position) -> Iterator[Item]: ...
+
+    def digest(self) -> str:
+        """Return the sha256 of the content."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    path: Path
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def rows(self, position: Position) -> Iterator[Item]:
+        try:
+            yield from READERS[self.path.suffix.lower()](self.path, self.name, position)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
+    def digest(self) -> str:
+        return _digest_file(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSplit:
+    name: str
+    dataset: Any  # datasets.Dataset
+
+    @property
+    def size(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, position: Position) -> Iterator[Item]:
+        for number, fields in enumerate(self.dataset, start=1):
+            position.done = number
+            yield Row(fields, f"{self.name}:{number}")
+
+    def digest(self) -> str:
+        paths = [Path(file["filename"]) for file in self.dataset.cache_files]
+        return hashlib.sha256("".join(map(_digest_file, paths)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All files of what the user named, in the order they are read."""
+
+    name: str
+    files: tuple[DataFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 that changes with any byte or name of the data, not with its place on the disk."""
+        parts = [f"{file.name} {file.digest()}" for file in self.files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_source(source: str | Path, *, split: str = "train") -> Source:
+    """Find the data that ``source`` names.
+
+    Raises:
+        DataError: there is no such file, no data file in the folder, or the Hub has no such data set.
+        MissingExtraError: a Hub data set is named, and the package ``datasets`` is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(str(source), _files_of_folder(path))
+    if path.exists():
+        if path.suffix.lower() not in READERS:
+            raise DataError(
+                f"{source} is a {path.suffix or 'file without ending'}; lorasmith reads {_SUFFIXES}, a "
+                "folder of them, or a Hub data set id."
+            )
+        return Source(str(source), (LocalFile(path, path.name),))
+    if _looks_like_path(str(source)):
+        raise DataError(f"{source} does not exist. {_nearest(path)}".rstrip())
+    return Source(str(source), (_load_from_hub(str(source), split),))
+
+
+def read_rows(source: str | Path, *, split: str = "train") -> Iterator[Item]:
+    """Yield every row of ``source``, every fault and every blank line, in order."""
+    for file in open_source(source, split=split).files:
+        yield from file.rows(Position())
+
+
+def _files_of_folder(folder: Path) -> tuple[LocalFile, ...]:
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in READERS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        raise DataError(f"The folder {folder} holds no data file ({_SUFFIXES}).")
+    return tuple(LocalFile(path, path.relative_to(folder).as_posix()) for path in paths)
+
+
+def _looks_like_path(text: str) -> bool:
+    return Path(text).suffix.lower() in {*READERS, ".txt", ".gz", ".zip"} or not _HUB_ID.fullmatch(text)
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either."
+    names = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in READERS or p.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(str(folder / name) for name in near)}?"
+    data_files = [name for name in names if Path(name).suffix][:5]
+    return f"Data files in {folder}: {', '.join(data_files) or 'none'}."
+
+
+def _load_from_hub(dataset_id: str, split: str) -> HubSplit:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{dataset_id!r} is no file or folder here, so it is taken for a Hub data set id; reading that",
+            "datasets",
+            "hub-data",
+        ) from error
+    try:
+        dataset = datasets.load_dataset(dataset_id, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # By turns: its own errors, ValueError, and OSError (those of httpx and huggingface_hub are).
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{dataset_id!r} is no file or folder here, and the data set of that name could not be loaded "
+            f"from the Hub: {reason} For a file, give its path with its ending ({_SUFFIXES}); for a Hub "
+            f"data set, check the id, the split {split!r} and the network."
+        ) from error
+    return HubSplit(dataset_id, dataset)
+
+
+def _digest_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
