@@ -125,7 +125,8 @@ def explain_unknown(fields: Mapping[str, Any]) -> str:
 
     nearest = max(FORMATS.values(), key=lambda f: likeness(f) / len(f.keys))
     known = "; ".join(f"{f.title}: {', '.join(f.keys)}" for f in FORMATS.values())
-    return f"{describe_keys(fields)}. The nearest format is {nearest.title} ({', '.join(nearest.keys)}). Known: {known}."
+    keys = ", ".join(nearest.keys)
+    return f"{describe_keys(fields)}. The nearest format is {nearest.title} ({keys}). Known: {known}."
 
 
 def describe_keys(fields: Mapping[str, Any]) -> str:

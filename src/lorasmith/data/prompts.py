@@ -236,6 +236,8 @@ class PromptRecipe:
         self._check_all_is_shown(parts, missing, messages)
         training = self._mark_learnt([*parts, _Part("", last)] if is_prompt_only else parts, messages)
         num_asking = next(i for i, part in enumerate(training) if part.slot == last)
+        if num_asking and training[num_asking - 1].text.isspace() and training[num_asking - 1].is_learnt:
+            num_asking -= 1  # the space that goes with the answer
         return _Layout(folds_input, is_prompt_only, tuple(parts), tuple(training), num_asking)
 
     def _check_all_is_shown(
@@ -281,6 +283,11 @@ class PromptRecipe:
                 part.slot is not None and part.slot % 2 == 0 and messages[part.slot // 2].role == "assistant"
             )
             after = _Part("", part.slot, self.learn == "all" or part.slot == last) if is_answer else None
+            if after and marked and marked[-1].slot is None and marked[-1].text.endswith(" "):
+                # "Answer: " + "Paris": tokenizers keep a space with the word after it; the answer gets it.
+                before = marked.pop().text
+                kept = before.rstrip(" ")
+                marked += [_Part(kept, None), _Part(before[len(kept) :], None, after.is_learnt)]
             if after or part.slot is not None or part.text:
                 marked.append(after or part)
         raise AssertionError("the last answer was not in the layout")

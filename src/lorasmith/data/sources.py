@@ -144,7 +144,9 @@ def _files_of_folder(folder: Path) -> tuple[LocalFile, ...]:
 
 
 def _looks_like_path(text: str) -> bool:
-    return Path(text).suffix.lower() in {*READERS, ".txt", ".gz", ".zip"} or not _HUB_ID.fullmatch(text)
+    suffix = Path(text).suffix.lower()
+    is_file_name = suffix in READERS or ("/" not in text and suffix[1:].isalpha())
+    return is_file_name or not _HUB_ID.fullmatch(text)
 
 
 def _nearest(path: Path) -> str:

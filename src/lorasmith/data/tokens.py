@@ -83,7 +83,8 @@ class Encoder:
         self._anchors = {anchor: self._plain(anchor) for anchor in _ANCHORS}
         self._marks_start = self._plain("a") != self._encode_anchored("a")
         self._marks_start_after_special = after_special == self._plain("a")
-        self._constants: dict[tuple[str, bool], list[int]] = {}
+        self._constants: dict[tuple[str, bool], list[int]] = {}  # ids of template text, known once
+        self._pieces: dict[str, tuple[tuple[str, int | None], ...]] = {}
 
     @classmethod
     def of(cls, tokenizer) -> "Encoder":
@@ -141,7 +142,9 @@ class Encoder:
             if segment.is_learnt != is_learnt:
                 close()
                 is_learnt = segment.is_learnt
-            for text, token_id in self._split(segment):
+            # A content is text, whatever it looks like.
+            parts = ((segment.text, None),) if segment.is_content else self._split(segment.text)
+            for text, token_id in parts:
                 if token_id is not None:
                     close(keeps_right=text not in self._eats_left)
                     runs.append(_Run(text, is_learnt, token_id=token_id))
@@ -155,14 +158,19 @@ class Encoder:
         close()
         return runs
 
-    def _split(self, segment: Segment) -> Iterator[tuple[str, int | None]]:
-        """Yield (text, None) and (special token, its id) in order; a content is all text."""
-        position = 0
-        for match in self._pattern.finditer(segment.text) if not segment.is_content else ():
-            yield segment.text[position : match.start()], None
-            yield match.group(), self._ids[match.group()]
-            position = match.end()
-        yield segment.text[position:], None
+    def _split(self, template_text: str) -> tuple[tuple[str, int | None], ...]:
+        """Return (text, None) and (special token, its id) in order; the same few texts come again."""
+        pieces = self._pieces.get(template_text)
+        if pieces is None:
+            found: list[tuple[str, int | None]] = []
+            position = 0
+            for match in self._pattern.finditer(template_text):
+                found.append((template_text[position : match.start()], None))
+                found.append((match.group(), self._ids[match.group()]))
+                position = match.end()
+            found.append((template_text[position:], None))
+            pieces = self._pieces[template_text] = tuple(piece for piece in found if piece[0])
+        return pieces
 
     def _encode_runs(self, runs: list[_Run]) -> list[list[int]]:
         texts = [_ANCHORS[0] + run.text if run.needs_anchor else run.text for run in runs]
