@@ -246,13 +246,13 @@ def test_a_moved_base_is_named_and_checked(run_dir, tiny_base_folder, tmp_path):
     )
 
 
-def test_a_plain_peft_folder_can_be_asked_and_its_recipe_is_called_a_guess(
+def test_a_plain_peft_folder_can_be_asked_and_its_recipe_is_said_to_be_chosen(
     run_dir, tuned, tmp_path, tiny_base_folder
 ):
     (run_dir / "adapter").rename(tmp_path / "plain")
     opened = open_chat(tmp_path / "plain", device="cpu", dtype="float32", base=str(tiny_base_folder))
     assert opened.ask(ASK, sampling=SHORT).token_ids == tuned.ask(ASK, sampling=SHORT).token_ids
-    assert "guess: chat" in opened.notes[0]
+    assert "not known. It is asked with the recipe chat" in opened.notes[0]
 
 
 def test_a_merged_folder_brings_its_recipe(tmp_path, tiny_tokenizer):
@@ -274,7 +274,7 @@ def test_open_chat_finds_the_run(run_dir, part, recipe):
 
 def test_open_chat_takes_a_plain_base(tiny_base_folder):
     opened = open_chat(str(tiny_base_folder), device="cpu", dtype="float32")
-    assert "guess: chat" in opened.notes[0]
+    assert opened.notes == ("It is asked with the recipe chat: the tokenizer has a chat template.",)
 
 
 def test_what_cannot_be_opened(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lorasmith.errors import SettingsError
-from lorasmith.generation.sampling import Sampler, SamplingSettings, parse_sampling
+from lorasmith.generation.sampler import Sampler
+from lorasmith.generation.sampling import SamplingSettings, parse_sampling
 
 
 def test_the_default_is_greedy():

@@ -17,7 +17,8 @@ from lorasmith.data.settings import PromptSettings
 from lorasmith.data.tokens import encode
 from lorasmith.errors import AdapterError, OverlongError, RecipeError
 from lorasmith.generation.decode import KeptTurn, NextToken, decode, decode_many
-from lorasmith.generation.sampling import Sampler, SamplingSettings
+from lorasmith.generation.sampler import Sampler
+from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import Answer, AnswerWriter, FinishReason, Piece
 from lorasmith.model.adapter import load_adapter, named_base, read_adapter_config
 from lorasmith.model.base import (
@@ -125,7 +126,9 @@ class Chat:
         found = resolve_base(BaseSettings(model=name), tell=tell)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(ResolvedBase(found.ref, folder) if has_tokenizer else found)
-        recipe, notes = _settle_recipe(recipe, tokenizer, f"{folder} has no run.json")
+        recipe, notes = _settle_recipe(
+            recipe, tokenizer, f"{folder} has no run.json, so how it was prompted in training is not known. "
+        )
         model = load_adapter(load_base(found, choose_device(device, dtype)), folder)
         return cls(model, tokenizer, recipe, name=str(folder), notes=notes)
 
@@ -147,7 +150,7 @@ class Chat:
         if recipe is None and written_by_merge.is_file():
             recipe = _read_recipe(written_by_merge)
         else:
-            recipe, notes = _settle_recipe(recipe, tokenizer, f"{model} has no lorasmith.json")
+            recipe, notes = _settle_recipe(recipe, tokenizer)
         return cls(
             load_base(found, choose_device(device, dtype)), tokenizer, recipe, name=str(model), notes=notes
         )
@@ -331,12 +334,13 @@ def _end_tokens(model: PreTrainedModel | PeftModel) -> frozenset[int]:
 
 
 def _settle_recipe(
-    recipe: PromptRecipe | None, tokenizer: PreTrainedTokenizerBase, why_guessed: str
+    recipe: PromptRecipe | None, tokenizer: PreTrainedTokenizerBase, why: str = ""
 ) -> tuple[PromptRecipe, tuple[str, ...]]:
+    """Return the given recipe, or the one that suits the tokenizer and a note that says so."""
     if recipe is not None:
         return recipe, ()
-    chosen, reason = choose_recipe(PromptSettings(recipe="auto"), tokenizer)
-    return chosen, (f"{why_guessed}, so its prompt recipe is a guess: {chosen.name} ({reason}).",)
+    chosen, reason = choose_recipe(PromptSettings(), tokenizer)
+    return chosen, (f"{why}It is asked with the recipe {chosen.name}: {reason}.",)
 
 
 def _read_recipe(place: Path) -> PromptRecipe:

@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lorasmith.generation.sampling import Sampler
+from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.stream import AnswerWriter
 
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
