@@ -18,21 +18,24 @@ class DataSettings(BaseModel):
     train: str = Field(
         description="data file (.json, .jsonl, .csv, .parquet), folder of them, or Hub data set id"
     )
-    validation: str | None = Field(None, description="data for the validation loss; same kinds as train")
-    format: FormatName = Field("auto", description="row format; auto detects it for each file")
+    validation: str | None = Field(
+        default=None, description="data for the validation loss; same kinds as train"
+    )
+    format: FormatName = Field(default="auto", description="row format; auto detects it for each file")
     on_bad_row: BadRowPolicy = Field(
-        "error",
+        default="error",
         description="rows that are wrong: error (all are listed, nothing is trained) or skip (counted)",
     )
     max_seq_len: int = Field(
-        512, ge=8, description="longest example, in tokens of prompt and answer together"
+        default=512, ge=8, description="longest example, in tokens of prompt and answer together"
     )
     overlong: OverlongPolicy = Field(
-        "error", description="examples over max_seq_len: error, drop (counted), or truncate (end token kept)"
+        default="error",
+        description="examples over max_seq_len: error, drop (counted), or truncate (end token kept)",
     )
-    split: str = Field("train", description="split of a Hub data set")
+    split: str = Field(default="train", description="split of a Hub data set")
     cache_dir: str | None = Field(
-        None, description="folder for tokenised data; default: LORASMITH_CACHE or ~/.cache/lorasmith"
+        default=None, description="folder for tokenised data; default: LORASMITH_CACHE or ~/.cache/lorasmith"
     )
 
 
@@ -42,12 +45,14 @@ class PromptSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = Field(
-        "auto",
+        default="auto",
         description="auto (chat where the tokenizer has a chat template, else alpaca), alpaca, chat, "
         "or the path of a .jinja file",
     )
     system: str | None = Field(
-        None, description="system prompt for conversations that have none of their own"
+        default=None, description="system prompt for conversations that have none of their own"
     )
-    stop: tuple[str, ...] = Field((), description="extra strings that end an answer")
-    learn: LearntTurns = Field("all", description="assistant turns that are learnt: all, or the last only")
+    stop: tuple[str, ...] = Field(default=(), description="extra strings that end an answer")
+    learn: LearntTurns = Field(
+        default="all", description="assistant turns that are learnt: all, or the last only"
+    )
