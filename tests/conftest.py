@@ -6,7 +6,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import pytest
+
+# Derandomized: a red test is red again when it is run again. Slow machines must not fail a test by their speed.
+hypothesis.settings.register_profile(
+    "lorasmith", deadline=None, derandomize=True, max_examples=60, database=None
+)
+hypothesis.settings.load_profile("lorasmith")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -58,7 +65,9 @@ def tiny_tokenizer():
     )
 
 
-TINY = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+TINY = dict(
+    vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
+)
 
 
 def make_tiny_model(family: str):
@@ -78,7 +87,7 @@ def make_tiny_model(family: str):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Bigger than the usual 0.02, so that attention and logits are far from uniform and a test can tell.
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 0.15)
     return model.eval()

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+from conftest import make_tiny_model
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
@@ -25,7 +25,8 @@ def make_example(ids: list[int], num_learnt: int) -> TokenizedExample:
 def adapted(family: str, **lora) -> torch.nn.Module:
     """A tiny model with a LoRA on every linear layer whose B is not zero, so that every part has a gradient."""
     model = get_peft_model(
-        make_tiny_model(family), LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}, task_type="CAUSAL_LM")
+        make_tiny_model(family),
+        LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}, task_type="CAUSAL_LM"),
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -59,7 +60,11 @@ def packed_loss_and_gradients(model, examples, max_tokens=512, **switches):
     forward = PackForward(model, EngineSettings(**switches))
     total = 0.0
     for pack in pack_examples(
-        examples, range(len(examples)), max_tokens=max_tokens, share_prefixes=forward.share_prefixes, min_prefix_tokens=2
+        examples,
+        range(len(examples)),
+        max_tokens=max_tokens,
+        share_prefixes=forward.share_prefixes,
+        min_prefix_tokens=2,
     ):
         loss = forward.summed_loss(pack)
         loss.backward()
@@ -143,7 +148,9 @@ def test_random_tries(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_layers_are_kept_exactly(family):
     names = {"llama": "q_proj", "mistral": "q_proj", "qwen": "q_proj", "gpt_neox": "query_key_value"}
-    model = adapted(family, layers_to_transform=[1], target_modules=[names[family], "dense_h_to_4h", "up_proj"]).train()
+    model = adapted(
+        family, layers_to_transform=[1], target_modules=[names[family], "dense_h_to_4h", "up_proj"]
+    ).train()
     plain = plain_loss_and_gradients(model, EXAMPLES)
     forward = PackForward(model, EngineSettings())
     said = forward.keep_frozen_states("train", EXAMPLES, max_tokens=64, max_bytes=2**30)

@@ -5,11 +5,11 @@
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from lorasmith import __version__
@@ -33,15 +33,15 @@ EXIT_FAILED = 1
 
 
 class _CommandsOnDemand(TyperGroup):
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         text, panel = COMMANDS[cmd_name]
         if _only_lists_commands(ctx):
-            return typer.core.TyperCommand(cmd_name, help=text, rich_help_panel=panel)
+            return TyperCommand(cmd_name, help=text, rich_help_panel=panel)
         module = importlib.import_module(f"lorasmith.cli.{cmd_name}")
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
         settings: dict[str, Any] = getattr(module, "CONTEXT_SETTINGS", {})
@@ -51,7 +51,7 @@ class _CommandsOnDemand(TyperGroup):
         return command
 
 
-def _only_lists_commands(ctx: click.Context) -> bool:
+def _only_lists_commands(ctx: typer.Context) -> bool:
     """Whether this call prints the list of commands: no command was named."""
     return not any(word in COMMANDS for word in sys.argv[1:])
 
@@ -84,6 +84,8 @@ def _lorasmith(
 
 def main() -> None:
     """Run the command line; a LorasmithError is printed as text, without a traceback."""
+    # Libraries' notices to their developers, such as transformers' about itself, say nothing to a user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(prog_name="lorasmith")
     except LorasmithError as error:

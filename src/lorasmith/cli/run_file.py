@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.engine.settings import EngineSettings
@@ -30,13 +30,13 @@ class RunFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: BaseSettings = Field(default_factory=BaseSettings)
+    base: BaseSettings = BaseSettings()
     data: DataSettings
-    prompt: PromptSettings = Field(default_factory=PromptSettings)
-    method: LoraSettings = Field(default_factory=LoraSettings)
-    engine: EngineSettings = Field(default_factory=EngineSettings)
-    training: TrainingSettings = Field(default_factory=TrainingSettings)
-    run: OutputSettings = Field(default_factory=OutputSettings)
+    prompt: PromptSettings = PromptSettings()
+    method: LoraSettings = LoraSettings()
+    engine: EngineSettings = EngineSettings()
+    training: TrainingSettings = TrainingSettings()
+    run: OutputSettings = OutputSettings()
 
 
 def load_run_file(
@@ -168,8 +168,14 @@ def _describe_unknown(name: str, *, is_section: bool) -> str:
         return f"there is no section {name}; {hint}"
     elsewhere = [known for known in names if known.endswith(f".{key}")]
     here = [known for known in names if known.startswith(f"{section}.")]
-    near = elsewhere or difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"{section} has {', '.join(k.partition('.')[2] for k in here)}"
+    near = (
+        elsewhere or difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=1)
+    )
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"{section} has {', '.join(k.partition('.')[2] for k in here)}"
+    )
     return f"there is no setting {name}; {hint}"
 
 

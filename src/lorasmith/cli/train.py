@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lorasmith.cli.console import console
@@ -43,7 +43,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a stopped run; refuse to start a new one.")
     ] = False,
-    list_settings: Annotated[bool, typer.Option("--list-settings", help="Print every setting and end.")] = False,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", help="Print every setting and end.")
+    ] = False,
 ) -> None:
     """Train a LoRA adapter.
 
@@ -81,7 +83,9 @@ def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
         return run_dir
     if resume:
         raise SettingsError("--resume needs the name of the run: --name NAME, or run.name in the run file.")
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(run_file.data.train).stem).strip("-._")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(run_file.data.train).stem).strip(
+        "-._"
+    )
     return root / f"{stem or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -171,14 +175,14 @@ def _stop_on_signals() -> Iterator[Any]:
 @contextmanager
 def _reading_progress() -> Iterator[Any]:
     """Show a bar for each slow part of the preparation, by its name."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(what: str, done: int, total: int | None) -> None:
+        def show(what: str, share: float) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(what, total=1.0)
+            bars.update(tasks[what], completed=share)
 
         yield show
 
@@ -189,7 +193,9 @@ def _training_progress() -> Iterator[Any]:
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=24),
-        TextColumn("loss [bold]{task.fields[loss]}[/]  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
+        TextColumn(
+            "loss [bold]{task.fields[loss]}[/]  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"
+        ),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -230,7 +236,9 @@ def _ask_samples(job: "TrainingJob", report: "StepReport") -> None:
         chat = Chat(job.model, job.tokenizer, job.recipe)
         answers = chat.ask_many(list(questions), sampling=SamplingSettings(max_tokens=64))
     for question, answer in zip(questions, answers, strict=True):
-        console.print(f"[dim]step {report.step}[/] {escape(question)} [bold]→[/] {escape(answer.text.strip())}")
+        console.print(
+            f"[dim]step {report.step}[/] {escape(question)} [bold]→[/] {escape(answer.text.strip())}"
+        )
 
 
 def _print_result(run_dir: Path) -> None:
@@ -246,7 +254,9 @@ def _print_result(run_dir: Path) -> None:
         f"{result['training_seconds']:,.0f} s of training. Adapter: [bold]{escape(str(run_dir / 'adapter'))}[/]",
         soft_wrap=True,
     )
-    console.print(f'Next: [bold]lorasmith ask "your question" --run {escape(str(run_dir))} --compare[/]', soft_wrap=True)
+    console.print(
+        f'Next: [bold]lorasmith ask "your question" --run {escape(str(run_dir))} --compare[/]', soft_wrap=True
+    )
 
 
 def _print_settings() -> None:

@@ -107,7 +107,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -128,7 +128,6 @@ def packed_attention(
     heads, size = query.shape[1], query.shape[3]
     key_heads = key.shape[1]
     shared = heads // key_heads  # query heads that read one key head
-    scaling = size**-0.5 if scaling is None else scaling
     query_rows = query[0].transpose(0, 1)  # [T, H, K]
     key_rows = key[0].transpose(0, 1)
     value_rows = value[0].transpose(0, 1)

@@ -33,7 +33,7 @@ def summed_cross_entropy(
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, head, bias, targets, weights):  # noqa: ANN001, ANN205 (torch's signature)
+    def forward(ctx: Any, hidden, head, bias, targets, weights):
         rows = max(1, _CHUNK_BYTES // (4 * head.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
@@ -54,6 +54,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, upstream):
         gradient = ctx.gradient
         return (None if gradient is None else gradient * upstream.to(gradient.dtype)), None, None, None, None

@@ -11,15 +11,19 @@ class EngineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: Literal["auto", "packed", "padded"] = Field(
-        "auto",
+        default="auto",
         description="packed: examples of a step share one sequence, isolated from each other; "
         "padded: one example a row through stock transformers; auto: packed where the model allows it",
     )
-    share_prefixes: bool = Field(True, description="compute a prefix that several examples share only once")
-    chunked_loss: bool = Field(True, description="logits for learnt tokens only, a chunk at a time")
+    share_prefixes: bool = Field(
+        default=True, description="compute a prefix that several examples share only once"
+    )
+    chunked_loss: bool = Field(default=True, description="logits for learnt tokens only, a chunk at a time")
     reuse_frozen_layers: bool = Field(
-        True, description="compute the layers below the first adapted one once a run, not once an epoch"
+        default=True,
+        description="compute the layers below the first adapted one once a run, not once an epoch",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, a third more time"
+        default=False,
+        description="recompute activations in the backward pass: less memory, a third more time",
     )

@@ -39,4 +39,6 @@ def predict_gain(
         packed += step_packed
         shared += step_shared
     scale = len(order) / max(1, sum(len(step) for step in counted))
-    return Gain(round(padded * scale), round(packed * scale), round(shared * scale), len(counted) < len(steps))
+    return Gain(
+        round(padded * scale), round(packed * scale), round(shared * scale), len(counted) < len(steps)
+    )

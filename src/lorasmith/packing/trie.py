@@ -93,7 +93,8 @@ def pack_examples(
     if share_prefixes:
         order.sort(key=lambda place: _sort_key(examples[place]))
         shared = _shared_with_previous([examples[place].input_ids[:-1] for place in order])
-        shared[shared < min_prefix_tokens] = 0
+        # A branch begins at most min_prefix_tokens - 1 tokens before the place where two examples part.
+        shared = np.maximum(shared - (min_prefix_tokens - 1), 0)
     lengths = np.array([len(examples[place].input_ids) - 1 for place in order], np.int64)
     packs = []
     for run in _split_evenly(lengths, shared, max_tokens, max_examples):
@@ -104,11 +105,54 @@ def pack_examples(
 
 
 def count_tokens(examples: Sequence[TokenizedExample], *, min_prefix_tokens: int = 8) -> tuple[int, int]:
-    """Return the tokens of ``examples`` packed without and with shared prefixes, without laying them out."""
+    """Return the tokens of ``examples`` in one pack without and with shared prefixes, without laying it out."""
     inputs = [example.input_ids[:-1] for example in sorted(examples, key=_sort_key)]
+    branches, _ = _branch(inputs, min_prefix_tokens)
+    return sum(len(ids) for ids in inputs), sum(branch.end - branch.begin for branch in branches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """Tokens ``begin`` to ``end`` of the input at ``place`` (and of those that share them) below ``parent``."""
+
+    place: int
+    begin: int
+    end: int
+    parent: int
+
+
+def _branch(
+    inputs: list[np.ndarray], min_prefix_tokens: int | None
+) -> tuple[list[_Branch], list[tuple[int, ...]]]:
+    """Return the branches of the trie over sorted ``inputs``, and for each input its branches from the root on.
+
+    None for ``min_prefix_tokens``: nothing is shared, in whatever order the inputs are.
+    """
     shared = _shared_with_previous(inputs)
-    packed = sum(len(ids) for ids in inputs)
-    return packed, packed - int(shared[shared >= min_prefix_tokens].sum())
+    branches: list[_Branch] = []
+    paths: list[tuple[int, ...]] = [()] * len(inputs)
+
+    def add(place: int, begin: int, end: int, path: tuple[int, ...]) -> tuple[int, ...]:
+        if begin == end:  # the whole input is a prefix of its siblings
+            return path
+        branches.append(_Branch(place, begin, end, path[-1] if path else -1))
+        return (*path, len(branches) - 1)
+
+    # Each entry: places low to high, which share `depth` tokens that stand on `path` already.
+    pending: list[tuple[int, int, int, tuple[int, ...]]] = [(0, len(inputs), 0, ())]
+    while pending:
+        low, high, depth, path = pending.pop()
+        start = low
+        for place in range(low + 1, high + 1):
+            if place < high and min_prefix_tokens is not None and shared[place] >= depth + min_prefix_tokens:
+                continue
+            if place - start == 1:
+                paths[start] = add(start, depth, len(inputs[start]), path)
+            else:
+                common = int(shared[start + 1 : place].min())
+                pending.append((start, place, common, add(start, depth, common, path)))
+            start = place
+    return branches, paths
 
 
 def _sort_key(example: TokenizedExample) -> bytes:
@@ -168,40 +212,11 @@ def _split_evenly(
 def _lay_out(examples: list[tuple[int, TokenizedExample]], min_prefix_tokens: int | None) -> Pack:
     """Lay the numbered examples of one pack out; they are sorted by tokens where prefixes are shared."""
     inputs = [example.input_ids[:-1] for _, example in examples]
-    shared = _shared_with_previous(inputs)
+    branches, paths = _branch(inputs, min_prefix_tokens)
     segments: list[Segment] = []
-    pieces: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
-    paths: dict[int, list[int]] = {}  # place -> the segments from the root to its end
-    size = 0
-
-    def add(place: int, begin: int, end: int, path: list[int]) -> list[int]:
-        """Append tokens ``begin`` to ``end`` of the example at ``place`` as a segment below ``path``."""
-        nonlocal size
-        if begin == end:  # the whole example is a prefix of its siblings
-            return path
-        segments.append(Segment(size, size + end - begin, path[-1] if path else -1))
-        pieces.append(inputs[place][begin:end])
-        positions.append(np.arange(begin, end))
-        owners.append(np.full(end - begin, examples[place][0]))
-        size += end - begin
-        return [*path, len(segments) - 1]
-
-    # Each entry: places low to high, which share `depth` tokens that stand on `path` already.
-    pending: list[tuple[int, int, int, list[int]]] = [(0, len(examples), 0, [])]
-    while pending:
-        low, high, depth, path = pending.pop()
-        start = low
-        for place in range(low + 1, high + 1):
-            if place < high and min_prefix_tokens is not None and shared[place] >= depth + min_prefix_tokens:
-                continue
-            if place - start == 1:
-                paths[start] = add(start, depth, len(inputs[start]), path)
-            else:
-                common = int(shared[start + 1 : place].min())
-                pending.append((start, place, common, add(start, depth, common, path)))
-            start = place
+    for branch in branches:
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(start, start + branch.end - branch.begin, branch.parent))
 
     predictions: dict[tuple[int, int], list[float]] = {}  # (logit position, target) -> [weight, example]
     for place, (number, example) in enumerate(examples):
@@ -214,14 +229,14 @@ def _lay_out(examples: list[tuple[int, TokenizedExample]], min_prefix_tokens: in
             predictions.setdefault(prediction, [0.0, number])[0] += 1.0
     found = list(predictions.items())
     return Pack(
-        input_ids=np.concatenate(pieces).astype(np.int64),
-        position_ids=np.concatenate(positions).astype(np.int64),
-        owners=np.concatenate(owners).astype(np.int64),
+        input_ids=np.concatenate([inputs[b.place][b.begin : b.end] for b in branches]).astype(np.int64),
+        position_ids=np.concatenate([np.arange(b.begin, b.end) for b in branches]),
+        owners=np.repeat([examples[b.place][0] for b in branches], [b.end - b.begin for b in branches]),
         segments=tuple(segments),
         logit_positions=np.array([position for (position, _), _ in found], np.int64),
         targets=np.array([target for (_, target), _ in found], np.int64),
         weights=np.array([weight for _, (weight, _) in found], np.float32),
         target_examples=np.array([number for _, (_, number) in found], np.int64),
         examples=tuple(number for number, _ in examples),
-        paths=tuple(tuple(paths[place]) for place in range(len(examples))),
+        paths=tuple(paths),
     )

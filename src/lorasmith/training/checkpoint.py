@@ -57,7 +57,9 @@ def save_checkpoint(
             "step": step,
             "probe_loss": probe_loss,
             "best_validation": best_validation,
-            "sha256": {str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))},
+            "sha256": {
+                str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))
+            },
         }
         (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     if is_best:
@@ -97,7 +99,6 @@ def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and moments into ``model`` and ``optimizer``."""
-    set_peft_model_state_dict(model, read_adapter_weights(checkpoint.folder / "adapter"))
     saved = load_file(checkpoint.folder / "optimizer.safetensors")
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -111,6 +112,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.o
             key: value if key == "step" else value.to(parameter.device)  # type: ignore[union-attr]
             for key, value in moments.items()
         }
+    set_peft_model_state_dict(model, read_adapter_weights(checkpoint.folder / "adapter"))
 
 
 def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -128,5 +130,3 @@ def _trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-

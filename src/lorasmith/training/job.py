@@ -1,11 +1,11 @@
 """A run folder from settings: everything between "train this" and the first step, and after the last.
 
-    runs/handbook/
-      run.json        written before the first step, and again with the result
-      receipt.json    what became of every row
-      metrics.jsonl   every step        loss.png   the same as a picture
-      checkpoints/    while training, and after it the last and the best
-      adapter/        plain PEFT: the result
+runs/handbook/
+  run.json        written before the first step, and again with the result
+  receipt.json    what became of every row
+  metrics.jsonl   every step        loss.png   the same as a picture
+  checkpoints/    while training, and after it the last and the best
+  adapter/        plain PEFT: the result
 """
 
 import json
@@ -41,7 +41,7 @@ from lorasmith.training.schedule import split_for_validation, suggest_learning_r
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
 Say = Callable[[str], None]
-Progress = Callable[[str, int, int], None]  # what is done, how many are done, of how many
+Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
 _SHARE_OF_MEMORY_FOR_FROZEN_STATES = 0.25
 
@@ -80,7 +80,7 @@ def prepare_job(
     output: OutputSettings,
     settings: dict[str, Any],
     say: Say = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda what, share: None,
 ) -> TrainingJob:
     """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
 
@@ -93,7 +93,8 @@ def prepare_job(
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
     recipe, reason = choose_recipe(prompt, tokenizer)
     say(f"Prompt recipe: {recipe.name} ({reason})")
-    all_rows = prepare_dataset(data, recipe, tokenizer, progress=progress)
+    reading: Callable[[int, float], None] = lambda rows, share: progress("Reading and tokenising", share)
+    all_rows = prepare_dataset(data, recipe, tokenizer, progress=reading)
     kept, held_out = split_for_validation(len(all_rows), training)
     if not kept:
         raise DataError(
@@ -103,7 +104,7 @@ def prepare_job(
     dataset = all_rows.subset(kept)
     validation: TokenizedDataset | None = all_rows.subset(held_out) if held_out else None
     if data.validation is not None:
-        validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=progress)
+        validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=reading)
         if len(validation) == 0:
             raise DataError(f"{data.validation} holds no example that can be used for the validation loss.")
 
@@ -146,7 +147,7 @@ def prepare_job(
                 examples,
                 max_tokens=training.micro_batch_tokens,
                 max_bytes=room,
-                on_progress=lambda done, total: progress("Frozen layers", done, total),
+                on_progress=lambda done, total: progress("Computing the frozen layers", done / total),
             )
             if note and name == "train":
                 say(f"Frozen layers: {note}")
@@ -158,7 +159,18 @@ def prepare_job(
     else:
         record = read_run_record(run_dir)
     return TrainingJob(
-        run_dir, record, recipe, tokenizer, model, forward, dataset, validation, training, output, rate, resume_from
+        run_dir,
+        record,
+        recipe,
+        tokenizer,
+        model,
+        forward,
+        dataset,
+        validation,
+        training,
+        output,
+        rate,
+        resume_from,
     )
 
 
@@ -202,7 +214,9 @@ def _finish(job: TrainingJob, seconds: float) -> None:
     result = {
         "steps": job.num_steps,
         "final_loss": steps[-1]["loss"],
-        "validation_loss": next((m["validation_loss"] for m in reversed(steps) if "validation_loss" in m), None),
+        "validation_loss": next(
+            (m["validation_loss"] for m in reversed(steps) if "validation_loss" in m), None
+        ),
         "tokens": sum(m["num_tokens"] for m in steps),
         "training_seconds": round(sum(m["seconds"] for m in steps), 1),
         "seconds": round(seconds, 1),
@@ -239,7 +253,9 @@ def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, sa
         return None
     old = read_run_record(run_dir)
     if output.resume == "never":
-        raise RunError(f"{run_dir} is there already. Choose another run.name, or run.resume=auto to go on with it.")
+        raise RunError(
+            f"{run_dir} is there already. Choose another run.name, or run.resume=auto to go on with it."
+        )
     differences = _differences(old, record)
     if differences:
         raise ResumeError(

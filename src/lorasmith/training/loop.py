@@ -27,7 +27,9 @@ from lorasmith.training.checkpoint import Checkpoint, load_checkpoint, save_chec
 from lorasmith.training.schedule import examples_of_step, learning_rate_at
 from lorasmith.training.settings import TrainingSettings
 
-_PROBE_TOLERANCE = 1e-3  # relative: another machine or thread count rounds differently, other weights differ more
+_PROBE_TOLERANCE = (
+    1e-3  # relative: another machine or thread count rounds differently, other weights differ more
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,9 @@ def train(
     if resume_from is not None:
         load_checkpoint(resume_from, model, optimizer)
         first_step, best = resume_from.step, resume_from.best_validation
-        _check_probe(model, forward, _packs_of_step(dataset, first_step - 1, settings, forward)[0], resume_from)
+        _check_probe(
+            model, forward, _packs_of_step(dataset, first_step - 1, settings, forward)[0], resume_from
+        )
 
     for step in range(first_step, num_steps):
         started = time.perf_counter()
@@ -99,7 +103,9 @@ def train(
             loss += mean.item()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteLossError(_name_bad_rows(model, forward, dataset, packs, step + 1, loss, grad_norm))
+            raise NonFiniteLossError(
+                _name_bad_rows(model, forward, dataset, packs, step + 1, loss, grad_norm)
+            )
         rate = learning_rate_at(step, num_steps, settings, learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -171,7 +177,10 @@ def _packs_of_step(
 
 
 def _pack(
-    dataset: Sequence[TokenizedExample], indices: Sequence[int], settings: TrainingSettings, forward: PackForward
+    dataset: Sequence[TokenizedExample],
+    indices: Sequence[int],
+    settings: TrainingSettings,
+    forward: PackForward,
 ) -> list[Pack]:
     return pack_examples(
         dataset,

@@ -17,7 +17,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, first_step: int = 0) -> None:
         """Open ``path``; lines after ``first_step`` belong to steps that a resumed run does again and go."""
-        kept = [metrics for metrics in read_metrics(path) if metrics["step"] <= first_step] if first_step else []
+        kept = (
+            [metrics for metrics in read_metrics(path) if metrics["step"] <= first_step] if first_step else []
+        )
         write_whole(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -32,7 +34,9 @@ class MetricsFile:
 
 def as_metrics(report: StepReport) -> dict[str, Any]:
     """Return ``report`` as plain numbers, without what was not measured in this step."""
-    metrics = {key: value for key, value in asdict(report).items() if value is not None and key != "checkpoint"}
+    metrics = {
+        key: value for key, value in asdict(report).items() if value is not None and key != "checkpoint"
+    }
     return {**metrics, "tokens_per_second": round(report.tokens_per_second, 1)}
 
 
@@ -64,7 +68,9 @@ def draw_loss(run_dir: Path) -> Path | None:
     axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
     validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c25b1a", marker="o", linewidth=2, label="validation")
+        axes.plot(
+            *zip(*validation, strict=True), color="#c25b1a", marker="o", linewidth=2, label="validation"
+        )
     axes.set(xlabel="step", ylabel="loss (nats per learnt token)", title=run_dir.name)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
@@ -123,7 +129,9 @@ class Trackers:
             self._trackers.append(tracker)
 
     def log(self, report: StepReport) -> None:
-        metrics = {key: value for key, value in as_metrics(report).items() if key not in ("step", "num_steps")}
+        metrics = {
+            key: value for key, value in as_metrics(report).items() if key not in ("step", "num_steps")
+        }
         for tracker in self._trackers:
             tracker.log(metrics, step=report.step)
 

@@ -15,30 +15,51 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: float = Field(3.0, gt=0, description="times that the training data is gone through")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
-    batch_size: int = Field(8, ge=1, description="examples in one step")
-    micro_batch_size: int | None = Field(None, ge=1, description="most examples in one pack; none: no limit")
+    epochs: float = Field(default=3.0, gt=0, description="times that the training data is gone through")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop after this many steps, whatever epochs says"
+    )
+    batch_size: int = Field(default=8, ge=1, description="examples in one step")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="most examples in one pack; none: no limit"
+    )
     micro_batch_tokens: int = Field(
-        2048, ge=8, description="most tokens in one pack: decides the memory, never the result"
+        default=2048, ge=8, description="most tokens in one pack: decides the memory, never the result"
     )
     learning_rate: float | Literal["auto"] = Field(
-        "auto", description="highest learning rate; auto: from the base's hidden size (5e-4 * (2000 / size)^0.781)"
+        default="auto",
+        description="highest learning rate; auto: from the base's hidden size (5e-4 * (2000 / size)^0.781)",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate goes down to 0 after the warm-up; constant: it does not"
+        default="cosine",
+        description="how the learning rate goes down to 0 after the warm-up; constant: it does not",
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate goes up")
-    warmup_steps: int | None = Field(None, ge=0, description="the same as a number of steps; wins over the share")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of the adapter")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    seed: int = Field(0, ge=0, description="decides the adapter's start, the order of examples, and dropout")
+    warmup_ratio: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the steps in which the rate goes up"
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="the same as a number of steps; wins over the share"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of the adapter")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(
+        default=0, ge=0, description="decides the adapter's start, the order of examples, and dropout"
+    )
     validation_share: float = Field(
-        0.0, ge=0, lt=1, description="share of the training data that is held out for the validation loss"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the training data that is held out for the validation loss",
     )
-    evaluate_every: int | None = Field(None, ge=1, description="steps between validations; none: once an epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; none: once an epoch")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints stay; the best stays too")
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="steps between validations; none: once an epoch"
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; none: once an epoch"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="how many of the last checkpoints stay; the best stays too"
+    )
 
     @model_validator(mode="after")
     def _rate_is_positive(self) -> "TrainingSettings":
@@ -57,7 +78,9 @@ class TrainingSettings(BaseModel):
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Return the steps in which the learning rate goes up."""
-        return self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * num_steps)
+        return (
+            self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * num_steps)
+        )
 
 
 class OutputSettings(BaseModel):
@@ -66,14 +89,21 @@ class OutputSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the run; none: data and date"
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="folder of the run; none: data and date",
     )
-    root: str = Field("runs", description="folder that holds the runs")
+    root: str = Field(default="runs", description="folder that holds the runs")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the last checkpoint of a run of this name; never: refuse to"
+        default="auto",
+        description="auto: go on from the last checkpoint of a run of this name; never: refuse to",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
-        (), description="experiment trackers that also get every step's metrics; each needs its extra"
+        default=(), description="experiment trackers that also get every step's metrics; each needs its extra"
     )
-    sample_questions: tuple[str, ...] = Field((), description="questions asked during training, to watch it learn")
-    sample_every: int | None = Field(None, ge=1, description="steps between them; none: once an epoch")
+    sample_questions: tuple[str, ...] = Field(
+        default=(), description="questions asked during training, to watch it learn"
+    )
+    sample_every: int | None = Field(
+        default=None, ge=1, description="steps between them; none: once an epoch"
+    )
