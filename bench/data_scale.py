@@ -25,15 +25,15 @@ from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.packing.trie import pack_examples
 
-WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an "
-    "they which one you were all her would there their we him been has when who will no more if out so up "
-    "said what its about than into them can only other time new some could these two may first then do "
-    "any like my now over such our even most made after also did many off before must well back through "
-    "years much where your way down should because long each just state people those too how little good "
-    "world make very year still see own work day get here old between both life being under three never "
-    "know same last another while us might great go come since"
-).split()  # noqa: SIM905
+TEXT = """
+the of and to in is that for it as was with be by on not he his but at are this have from or had an they which
+one you were all her would there their we him been has when who will no more if out so up said what its about
+than into them can only other time new some could these two may first then do any like my now over such our
+even most made after also did many off before must well back through years much where your way down should
+because long each just state people those too how little good world make very year still see own work day get
+here old between both life being under three never know same last another while us might great go come since
+"""
+WORDS = TEXT.split()
 
 
 def write_rows(path: Path, num_rows: int) -> None:

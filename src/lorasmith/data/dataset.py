@@ -34,7 +34,8 @@ from lorasmith.errors import DataError, OverlongError
 
 SHARD_ROWS = 10_000
 ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it saves
-OVERLONG = "too long"  # the receipt's word for rows over max_seq_len
+OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
+NO_ROOM = "no room for an answer"  # would leave without an answer
 _MAX_LISTED = 1000  # faults in an error's text
 _CACHE_VERSION = 1
 
@@ -63,6 +64,11 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     @property
     def lengths(self) -> np.ndarray:
         return self._table.lengths
+
+    @property
+    def uncut_lengths(self) -> np.ndarray:
+        """int32 [N], tokens before "overlong: truncate" cut the row."""
+        return self._table.stored
 
     @property
     def num_learnt(self) -> np.ndarray:
@@ -295,7 +301,7 @@ def _apply_overlong_policy(
                 lengths[i], num_learnt[i] = len(cut[0]), cut[1].sum()
                 ledger.truncate()
                 continue
-            ledger.skip("no room for an answer", where, detail, was_used=True)
+            ledger.skip(NO_ROOM, where, detail, was_used=True)
         elif data.overlong == "drop":
             ledger.skip(OVERLONG, where, detail, was_used=True)
         else:

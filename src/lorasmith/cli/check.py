@@ -1,0 +1,286 @@
+"""``lorasmith check``: read a data file as training will, and show what became of it."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lorasmith.cli.console import console
+from lorasmith.data.settings import (
+    BadRowPolicy,
+    DataSettings,
+    FormatName,
+    LearntTurns,
+    OverlongPolicy,
+    PromptSettings,
+)
+from lorasmith.data.statistics import Distribution, describe
+
+if TYPE_CHECKING:
+    from lorasmith.data.dataset import Progress, TokenizedDataset
+    from lorasmith.data.prompts import PromptRecipe
+    from lorasmith.data.receipt import Receipt
+    from lorasmith.packing.plan import Gain
+
+EXIT_WRONG_ROWS = 2
+_NUM_SHOWN = 5  # rows in a list that is only to give an idea
+_MAX_FAULTS = 1000
+_BAR_WIDTH = 40
+_BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def command(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A .json, .jsonl, .csv or .parquet file, a folder, or a Hub data set id."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="The base whose tokenizer counts: Hub id, folder or .gguf file.")
+    ] = ("smollm2-135m"),
+    format: Annotated[FormatName, typer.Option(help="Row format; auto detects it for each file.")] = "auto",
+    recipe: Annotated[
+        str, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="System prompt for rows that have none.")] = None,
+    learn: Annotated[LearntTurns, typer.Option(help="Assistant turns that are learnt.")] = "all",
+    max_seq_len: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 512,
+    overlong: Annotated[OverlongPolicy, typer.Option(help="What becomes of longer examples.")] = "error",
+    on_bad_row: Annotated[BadRowPolicy, typer.Option(help="What becomes of wrong rows.")] = "error",
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+) -> None:
+    """Read a data file as training will: receipt, statistics, and what the model sees.
+
+    Nothing is trained. The exit code is 0 when every row is used or skipped, 2 when rows are wrong.
+    """
+    from lorasmith.data.dataset import examine_dataset
+    from lorasmith.data.prompts import choose_recipe
+    from lorasmith.model.base import BaseSettings, load_tokenizer, resolve_base
+    from lorasmith.packing.plan import predict_gain
+    from lorasmith.training.settings import TrainingSettings
+
+    settings = DataSettings(
+        train=data,
+        format=format,
+        on_bad_row=on_bad_row,
+        max_seq_len=max_seq_len,
+        overlong=overlong,
+        split=split,
+    )
+    tokenizer = load_tokenizer(resolve_base(BaseSettings(model=model)))
+    prompt, reason = choose_recipe(PromptSettings(recipe=recipe, system=system, learn=learn), tokenizer)
+    with _reading_progress(shows=not as_json) as progress:
+        dataset = examine_dataset(settings, prompt, tokenizer, progress=progress)
+    batch_size = TrainingSettings().batch_size
+    gain = predict_gain(dataset, batch_size) if len(dataset) else None
+    if as_json:
+        report = _to_json(dataset, prompt, reason, tokenizer, gain)
+        console.print_json(json.dumps(report, ensure_ascii=False))
+    else:
+        _print_receipt(dataset.receipt)
+        if gain is not None:
+            _print_statistics(dataset)
+            _print_first_example(dataset, prompt, reason, tokenizer)
+        _print_cuts(dataset.receipt, settings)
+        if gain is not None:
+            _print_gain(gain, batch_size)
+        _print_verdict(dataset.receipt)
+    if dataset.receipt.failed or not dataset.receipt.used:
+        raise typer.Exit(EXIT_WRONG_ROWS)
+
+
+@contextlib.contextmanager
+def _reading_progress(*, shows: bool) -> Iterator["Progress"]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("reading and tokenising"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not shows) as bars:
+        task = bars.add_task("", total=1.0, rows=0)
+        yield lambda rows, share: bars.update(task, completed=share, rows=rows)
+
+
+def _print_receipt(receipt: "Receipt") -> None:
+    table = Table(
+        title=f"Receipt of {escape(receipt.source)}", title_justify="left", show_edge=False, pad_edge=False
+    )
+    table.add_column("rows", justify="right")
+    table.add_column("what became of them")
+    table.add_row(
+        f"{receipt.used:,}", "[green]used[/]" + (f", {receipt.truncated:,} cut" if receipt.truncated else "")
+    )
+    for reason, count in receipt.skipped.items():
+        table.add_row(
+            f"{count:,}", f"[yellow]skipped[/]: {escape(reason)}{_first_wheres(receipt.skips, reason)}"
+        )
+    for reason, count in receipt.failed.items():
+        table.add_row(f"{count:,}", f"[red]wrong[/]: {escape(reason)}")
+    table.add_section()
+    table.add_row(f"[bold]{receipt.rows_read:,}[/]", "[bold]read[/]")
+    console.print(table)
+    console.print()
+    _print_list("[red]Wrong rows[/]", [f"{where}: {reason}" for where, reason in receipt.faults], _MAX_FAULTS)
+    _print_list("[yellow]Warnings[/]", list(receipt.warnings), _NUM_SHOWN)
+
+
+def _first_wheres(rows: tuple[tuple[str, str], ...], reason: str) -> str:
+    wheres = [where for where, text in rows if text == reason or text.startswith(f"{reason}:")]
+    if not wheres:
+        return ""
+    more = ", ..." if len(wheres) > _NUM_SHOWN else ""
+    return escape(f"  ({', '.join(wheres[:_NUM_SHOWN])}{more})")
+
+
+def _print_list(title: str, lines: list[str], limit: int) -> None:
+    if not lines:
+        return
+    console.print(f"{title}")
+    for line in lines[:limit]:
+        console.print(f"  {escape(line)}", soft_wrap=True)
+    if len(lines) > limit:
+        console.print(f"  ... and {len(lines) - limit:,} more")
+    console.print()
+
+
+def _print_statistics(dataset: "TokenizedDataset") -> None:
+    answer = dataset.num_learnt
+    prompt = dataset.lengths - answer
+    for name, values in (
+        ("Tokens of the prompt (not learnt)", prompt),
+        ("Tokens of the answer (learnt)", answer),
+    ):
+        console.print(_histogram(name, describe(values)))
+        console.print()
+    longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN]
+    rows = [f"{dataset.where(i)} ({dataset.uncut_lengths[i]:,})" for i in longest.tolist()]
+    console.print(f"Longest used rows, in tokens: {escape(', '.join(rows))}", soft_wrap=True)
+    console.print(
+        f"All together: {int(dataset.lengths.sum()):,} tokens, {int(answer.sum()):,} of them learnt.\n"
+    )
+
+
+def _histogram(title: str, spread: Distribution) -> Group:
+    summary = (
+        f"median {spread.median:,}, mean {spread.mean:,.0f}, 95% up to {spread.percentile_95:,}, "
+        f"shortest {spread.minimum:,}, longest {spread.maximum:,}"
+    )
+    most = max(b.count for b in spread.bins)
+    width = len(f"{spread.bins[-1].high:,}")
+    lines = [Text.assemble((title, "bold"), f": {summary}")]
+    for b in spread.bins:
+        label = f"{b.low:>{width},}" if b.low == b.high else f"{b.low:>{width},} - {b.high:>{width},}"
+        lines.append(Text.assemble(f"  {label} ", (_bar(b.count / most), "cyan"), f" {b.count:,}"))
+    return Group(*lines)
+
+
+def _bar(share: float) -> str:
+    eighths = max(1, round(share * _BAR_WIDTH * 8)) if share else 0
+    return ("█" * (eighths // 8) + _BAR_EIGHTHS[eighths % 8]).rstrip().ljust(_BAR_WIDTH)
+
+
+def _print_first_example(dataset: "TokenizedDataset", prompt: "PromptRecipe", reason: str, tokenizer) -> None:
+    from lorasmith.data.preview import preview
+
+    has_colour = console.color_system is not None
+    how = "green" if has_colour else "in 「 」"
+    example = dataset[0]
+    title = f"What the model sees of {escape(example.where)}; what it learns is {how}"
+    console.print(f"Prompt recipe: [bold]{escape(prompt.name)}[/] ({escape(reason)}).", soft_wrap=True)
+    console.print(Panel(preview(example, tokenizer, has_colour=has_colour), title=title, title_align="left"))
+    console.print()
+
+
+def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
+    from lorasmith.data.dataset import NO_ROOM, OVERLONG
+
+    limit = f"max_seq_len {settings.max_seq_len:,}"
+    num_failed, num_dropped = receipt.failed.get(OVERLONG, 0), receipt.skipped.get(OVERLONG, 0)
+    if num_failed:
+        text = (
+            f"[red]{num_failed:,} examples are longer than {limit}[/]. Choose: --overlong drop (left out, counted), "
+            "--overlong truncate (answers are cut, the end token is kept), or a larger --max-seq-len."
+        )
+    elif num_dropped:
+        text = f"{num_dropped:,} examples are longer than {limit} and are left out (--overlong drop)."
+    elif receipt.truncated or receipt.skipped.get(NO_ROOM):
+        text = f"{receipt.truncated:,} examples are cut to {limit}; the end token is kept and learnt (--overlong truncate)."
+        if num_without := receipt.skipped.get(NO_ROOM):
+            text += f" {num_without:,} more are left out: the prompt alone fills it."
+    else:
+        text = f"Nothing will be cut: every example fits into {limit}."
+    console.print(text)
+
+
+def _print_gain(gain: "Gain", batch_size: int) -> None:
+    about = "about " if gain.is_estimate else ""
+    console.print(
+        f"Packing, at {batch_size} examples a step: an epoch computes {about}[bold]{gain.shared:,}[/] tokens instead of "
+        f"{gain.padded:,} with padding, {gain.padded / max(1, gain.shared):.1f} times fewer "
+        f"({gain.packed:,} without sharing prefixes).\n"
+    )
+
+
+def _print_verdict(receipt: "Receipt") -> None:
+    if receipt.failed:
+        console.print(
+            f"[red]{receipt.num_failed:,} rows are wrong[/]: training would stop before its first step. Fix them, "
+            "or leave them out with --on-bad-row skip."
+        )
+    elif not receipt.used:
+        console.print("[red]No row can be used.[/]")
+    else:
+        console.print(
+            f"[green]Ready to train[/]: lorasmith train --data {escape(receipt.source)}", soft_wrap=True
+        )
+
+
+def _to_json(
+    dataset: "TokenizedDataset", prompt: "PromptRecipe", reason: str, tokenizer, gain: "Gain | None"
+) -> dict[str, Any]:
+    from lorasmith.data.preview import decode_spans
+
+    report: dict[str, Any] = {
+        "receipt": dataset.receipt.to_json(),
+        "recipe": {"name": prompt.name, "reason": reason, "fingerprint": prompt.fingerprint()},
+        "data_fingerprint": dataset.fingerprint,
+    }
+    if gain is None:
+        return report
+    longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN].tolist()
+    first = dataset[0]
+    return report | {
+        "tokens": {
+            "all": int(dataset.lengths.sum()),
+            "learnt": int(dataset.num_learnt.sum()),
+            "prompt": describe(dataset.lengths - dataset.num_learnt).to_json(),
+            "answer": describe(dataset.num_learnt).to_json(),
+        },
+        "longest": [{"where": dataset.where(i), "tokens": int(dataset.uncut_lengths[i])} for i in longest],
+        "first_example": {
+            "where": first.where,
+            "spans": [
+                {"text": text, "is_learnt": is_learnt} for text, is_learnt in decode_spans(first, tokenizer)
+            ],
+        },
+        "packing": {
+            "padded_tokens": gain.padded,
+            "packed_tokens": gain.packed,
+            "shared_tokens": gain.shared,
+            "is_estimate": gain.is_estimate,
+        },
+    }
