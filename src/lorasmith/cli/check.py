@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lorasmith.data.receipt import Receipt
     from lorasmith.packing.plan import Gain
 
+BUILT_IN = "smollm2-135m"  # as lorasmith.model.base calls it, which is slow to import
 EXIT_WRONG_ROWS = 2
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
@@ -46,7 +48,7 @@ def command(
     ],
     model: Annotated[
         str, typer.Option(help="The base whose tokenizer counts: Hub id, folder or .gguf file.")
-    ] = ("smollm2-135m"),
+    ] = BUILT_IN,
     format: Annotated[FormatName, typer.Option(help="Row format; auto detects it for each file.")] = "auto",
     recipe: Annotated[
         str, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file.")
@@ -77,8 +79,12 @@ def command(
         overlong=overlong,
         split=split,
     )
-    tokenizer = load_tokenizer(resolve_base(BaseSettings(model=model)))
-    prompt, reason = choose_recipe(PromptSettings(recipe=recipe, system=system, learn=learn), tokenizer)
+    base = resolve_base(
+        BaseSettings(model=model), tell=lambda line: None if as_json else console.print(escape(line))
+    )
+    tokenizer = load_tokenizer(base)
+    prompt_settings = PromptSettings(recipe=recipe, system=system, learn=learn)
+    prompt, reason = choose_recipe(prompt_settings, tokenizer)
     with _reading_progress(shows=not as_json) as progress:
         dataset = examine_dataset(settings, prompt, tokenizer, progress=progress)
     batch_size = TrainingSettings().batch_size
@@ -94,7 +100,7 @@ def command(
         _print_cuts(dataset.receipt, settings)
         if gain is not None:
             _print_gain(gain, batch_size)
-        _print_verdict(dataset.receipt)
+        _print_verdict(dataset.receipt, _train_command(model, settings, prompt_settings))
     if dataset.receipt.failed or not dataset.receipt.used:
         raise typer.Exit(EXIT_WRONG_ROWS)
 
@@ -168,7 +174,7 @@ def _print_statistics(dataset: "TokenizedDataset") -> None:
         console.print()
     longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN]
     rows = [f"{dataset.where(i)} ({dataset.uncut_lengths[i]:,})" for i in longest.tolist()]
-    console.print(f"Longest used rows, in tokens: {escape(', '.join(rows))}", soft_wrap=True)
+    console.print(f"Longest rows, in tokens: {escape(', '.join(rows))}", soft_wrap=True)
     console.print(
         f"All together: {int(dataset.lengths.sum()):,} tokens, {int(answer.sum()):,} of them learnt.\n"
     )
@@ -218,7 +224,9 @@ def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
     elif num_dropped:
         text = f"{num_dropped:,} examples are longer than {limit} and are left out (--overlong drop)."
     elif receipt.truncated or receipt.skipped.get(NO_ROOM):
-        text = f"{receipt.truncated:,} examples are cut to {limit}; the end token is kept and learnt (--overlong truncate)."
+        text = (
+            f"{receipt.truncated:,} examples are cut to {limit} (--overlong truncate); the end token is kept."
+        )
         if num_without := receipt.skipped.get(NO_ROOM):
             text += f" {num_without:,} more are left out: the prompt alone fills it."
     else:
@@ -229,13 +237,24 @@ def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
 def _print_gain(gain: "Gain", batch_size: int) -> None:
     about = "about " if gain.is_estimate else ""
     console.print(
-        f"Packing, at {batch_size} examples a step: an epoch computes {about}[bold]{gain.shared:,}[/] tokens instead of "
-        f"{gain.padded:,} with padding, {gain.padded / max(1, gain.shared):.1f} times fewer "
+        f"Packing, at {batch_size} examples a step: an epoch computes {about}[bold]{gain.shared:,}[/] tokens "
+        f"instead of {gain.padded:,} with padding, {gain.padded / max(1, gain.shared):.1f} times fewer "
         f"({gain.packed:,} without sharing prefixes).\n"
     )
 
 
-def _print_verdict(receipt: "Receipt") -> None:
+def _train_command(model: str, data: DataSettings, prompt: PromptSettings) -> str:
+    """Return the command that trains with what was checked: every setting that is not its default."""
+    words = ["lorasmith train", f"--data {shlex.quote(data.train)}"]
+    if model != BUILT_IN:
+        words.append(f"--model {shlex.quote(model)}")
+    for section, settings in (("data", data), ("prompt", prompt)):
+        changed = settings.model_dump(exclude_defaults=True, exclude={"train"})
+        words += [f"{section}.{key}={shlex.quote(str(value))}" for key, value in changed.items()]
+    return " ".join(words)
+
+
+def _print_verdict(receipt: "Receipt", train_command: str) -> None:
     if receipt.failed:
         console.print(
             f"[red]{receipt.num_failed:,} rows are wrong[/]: training would stop before its first step. Fix them, "
@@ -244,9 +263,7 @@ def _print_verdict(receipt: "Receipt") -> None:
     elif not receipt.used:
         console.print("[red]No row can be used.[/]")
     else:
-        console.print(
-            f"[green]Ready to train[/]: lorasmith train --data {escape(receipt.source)}", soft_wrap=True
-        )
+        console.print(f"[green]Ready to train[/]: {escape(train_command)}", soft_wrap=True)
 
 
 def _to_json(
