@@ -26,6 +26,7 @@ def quiet_loading() -> Iterator[None]:
                 "ignore", category=FutureWarning, module=r"(transformers|huggingface_hub|torch|peft)"
             )
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merge unties
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # load_adapter raises
             yield
     finally:
