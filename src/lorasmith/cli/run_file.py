@@ -8,9 +8,9 @@ overrides both. All faults are reported together.
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,10 @@ from lorasmith.errors import SettingsError
 from lorasmith.model.base import BaseSettings
 from lorasmith.model.methods import LoraSettings
 from lorasmith.training.settings import OutputSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from lorasmith.training.job import TrainingJob
+    from lorasmith.training.loop import StepReport
 
 ENVIRONMENT_PREFIX = "LORASMITH_"
 
@@ -73,6 +77,36 @@ def load_run_file(
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise SettingsError(f"{count} in the settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
     return run_file
+
+
+def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob":
+    """Return the job that ``run_file`` describes, ready for its first step; ``report_to`` as for prepare_job."""
+    from lorasmith.training.job import prepare_job
+
+    return prepare_job(
+        run_dir,
+        base=run_file.base,
+        data=run_file.data,
+        prompt=run_file.prompt,
+        method=run_file.method,
+        engine=run_file.engine,
+        training=run_file.training,
+        output=run_file.run,
+        settings=run_file.model_dump(mode="json"),
+        **report_to,
+    )
+
+
+def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":
+    """Train into ``run_dir``, or go on with it, and yield a report after each step.
+
+    Raises:
+        LorasmithError: anything that a user can mend is wrong; its text says how.
+    """
+    from lorasmith.training.job import hold_run, run_job
+
+    with hold_run(Path(run_dir)):
+        yield from run_job(prepare(run_file, Path(run_dir)))
 
 
 def setting_names() -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from lorasmith.cli.console import console
-from lorasmith.cli.run_file import RunFile, load_run_file, setting_names
+from lorasmith.cli.run_file import RunFile, load_run_file, prepare, setting_names
 from lorasmith.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -97,20 +97,13 @@ def train_run(run_file: RunFile, run_dir: Path) -> bool:
     from lorasmith.model.memory import keep_freed_memory
 
     keep_freed_memory()
-    from lorasmith.training.job import hold_run, prepare_job, run_job
+    from lorasmith.training.job import hold_run, run_job
 
     with hold_run(run_dir), _stop_on_signals() as should_stop:
         with _reading_progress() as progress:
-            job = prepare_job(
+            job = prepare(
+                run_file,
                 run_dir,
-                base=run_file.base,
-                data=run_file.data,
-                prompt=run_file.prompt,
-                method=run_file.method,
-                engine=run_file.engine,
-                training=run_file.training,
-                output=run_file.run,
-                settings=run_file.model_dump(mode="json"),
                 say=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
                 progress=progress,
             )

@@ -79,8 +79,13 @@ class PackForward:
         self.notes = tuple(notes)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self._head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that the base computes in."""
+        return self._base.dtype
 
     @property
     def frozen_layers(self) -> int:
@@ -136,8 +141,8 @@ class PackForward:
         Divide by the learnt tokens of the whole optimizer step for the mean that is trained on. ``name`` is the
         data set whose kept states to use.
         """
-        targets = torch.from_numpy(pack.targets).to(self._device)
-        weights = torch.from_numpy(pack.weights).to(self._device)
+        targets = torch.from_numpy(pack.targets).to(self.device)
+        weights = torch.from_numpy(pack.weights).to(self.device)
         if self._chunked:
             hidden = self._run(self._decoder, pack, name).last_hidden_state
             learnt = hidden.flatten(0, 1).index_select(0, self._learnt_rows(pack))
@@ -161,13 +166,13 @@ class PackForward:
     def _run_packed(self, module: Any, pack: Pack, **inputs: Any) -> Any:
         return module(
             **inputs,
-            position_ids=torch.from_numpy(pack.position_ids).to(self._device)[None],
-            pack_layout=lay_out_attention(pack, self._device),
+            position_ids=torch.from_numpy(pack.position_ids).to(self.device)[None],
+            pack_layout=lay_out_attention(pack, self.device),
             use_cache=False,
         )
 
     def _input_ids(self, pack: Pack) -> torch.Tensor:
-        return torch.from_numpy(pack.input_ids).to(self._device)[None]
+        return torch.from_numpy(pack.input_ids).to(self.device)[None]
 
     def _learnt_rows(self, pack: Pack) -> torch.Tensor:
         """Return which rows of the flattened hidden states the targets are predicted from, int64 [N]."""
@@ -178,14 +183,14 @@ class PackForward:
                 np.arange(len(pack.segments)), [segment.stop - segment.start for segment in pack.segments]
             )
             rows = row_of_token[rows] * longest + pack.position_ids[rows]
-        return torch.from_numpy(rows).to(self._device)
+        return torch.from_numpy(rows).to(self.device)
 
     def _padded_inputs(self, pack: Pack) -> dict[str, torch.Tensor]:
         """Return the examples of an unshared pack one a row, padded on the right: input_ids and mask [B, T]."""
         rows = [torch.from_numpy(pack.input_ids[segment.start : segment.stop]) for segment in pack.segments]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         attention_mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return {"input_ids": input_ids.to(self._device), "attention_mask": attention_mask.to(self._device)}
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
 
     def _lower(self, pack: Pack) -> torch.Tensor:
         """Return the states [1, T, D] that enter the first adapted layer."""

@@ -27,3 +27,7 @@ class EngineSettings(BaseModel):
         default=False,
         description="recompute activations in the backward pass: less memory, a third more time",
     )
+    threads: int | Literal["auto"] = Field(
+        default="auto",
+        description="CPU threads; auto: all cores, or fewer if a short measurement finds them faster",
+    )

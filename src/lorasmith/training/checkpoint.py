@@ -34,12 +34,14 @@ class Checkpoint:
     step: int  # optimizer steps done
     probe_loss: float  # mean loss of the last step's first pack, with the saved weights
     best_validation: float | None
+    scaler: dict[str, float]  # of float16's loss scale; empty in other formats
 
 
 def save_checkpoint(
     run_dir: Path,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     *,
     step: int,
     probe_loss: float,
@@ -57,6 +59,7 @@ def save_checkpoint(
             "step": step,
             "probe_loss": probe_loss,
             "best_validation": best_validation,
+            "scaler": scaler.state_dict(),
             "sha256": {
                 str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))
             },
@@ -93,12 +96,22 @@ def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
         if broken:
             complaints.append(f"{folder.name} is damaged ({', '.join(broken)}): the one before it is used")
             continue
-        return Checkpoint(folder, state["step"], state["probe_loss"], state["best_validation"]), complaints
+        return Checkpoint(
+            folder, state["step"], state["probe_loss"], state["best_validation"], state["scaler"]
+        ), complaints
     return None, complaints
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved weights and moments into ``model`` and ``optimizer``."""
+def load_checkpoint(
+    checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Put the saved weights, moments and (for float16) loss scale into ``model``, ``optimizer`` and ``scaler``.
+
+    Raises:
+        ResumeError: the checkpoint was written with another adapter.
+    """
+    if scaler.is_enabled():
+        scaler.load_state_dict(checkpoint.scaler)
     saved = load_file(checkpoint.folder / "optimizer.safetensors")
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}

@@ -9,6 +9,7 @@ runs/handbook/
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
+from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import DataError, ResumeError, RunError
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.atomic import write_whole
@@ -89,6 +92,7 @@ def prepare_job(
     Raises:
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
     """
+    settings = {**settings, "engine": {**settings["engine"], "threads": _set_threads(run_dir, engine, say)}}
     resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
     recipe, reason = choose_recipe(prompt, tokenizer)
@@ -234,17 +238,34 @@ def is_finished(run_dir: Path) -> bool:
 def hold_run(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training into ``run_dir`` at the same time; the lock dies with the process.
 
+    What a killed process left half-written is removed.
+
     Raises:
         RunError: another process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", timeout=0):
+            for leftover in [*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
     except Timeout:
         raise RunError(
             f"{run_dir} is being trained by another process. Wait for it, or choose another name with run.name=NAME."
         ) from None
+
+
+def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
+    """Set torch's CPU threads and return their number: that of the run's first start, so that sums round alike."""
+    if engine.threads != "auto":
+        threads, reason = engine.threads, "as set"
+    elif (run_dir / "run.json").is_file():
+        threads, reason = read_run_record(run_dir).settings["engine"]["threads"], "as at the run's start"
+    else:
+        threads, reason = choose_threads()
+    torch.set_num_threads(threads)
+    say(f"CPU threads: {threads} ({reason})")
+    return threads
 
 
 def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, say: Say) -> Checkpoint | None:
@@ -274,7 +295,12 @@ def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, sa
 
 
 # What may differ between the two halves of a run: nothing here changes a weight.
-_HARMLESS = {("training", "keep_checkpoints"), ("training", "save_every"), ("data", "cache_dir")}
+_HARMLESS = {
+    ("training", "keep_checkpoints"),
+    ("training", "save_every"),
+    ("data", "cache_dir"),
+    ("engine", "threads"),
+}
 
 
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:

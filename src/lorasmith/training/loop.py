@@ -79,10 +79,13 @@ def train(
     save_every = settings.save_every or per_epoch
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=settings.weight_decay)
+    # float16 has gradients too small for its range: they are scaled up, and a step that overflows is left out.
+    is_float16 = forward.dtype is torch.float16
+    scaler = torch.amp.GradScaler(forward.device.type, enabled=is_float16)
     best: float | None = None
     first_step = 0
     if resume_from is not None:
-        load_checkpoint(resume_from, model, optimizer)
+        load_checkpoint(resume_from, model, optimizer, scaler)
         first_step, best = resume_from.step, resume_from.best_validation
         _check_probe(
             model, forward, _packs_of_step(dataset, first_step - 1, settings, forward)[0], resume_from
@@ -99,17 +102,19 @@ def train(
         loss = 0.0
         for pack in packs:
             mean = forward.summed_loss(pack, "train") / num_learnt
-            mean.backward()
+            scaler.scale(mean).backward()
             loss += mean.item()
+        scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or is_float16)):
             raise NonFiniteLossError(
                 _name_bad_rows(model, forward, dataset, packs, step + 1, loss, grad_norm)
             )
         rate = learning_rate_at(step, num_steps, settings, learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         seconds = time.perf_counter() - started
 
         done = step + 1
@@ -127,6 +132,7 @@ def train(
                 run_dir,
                 model,
                 optimizer,
+                scaler,
                 step=done,
                 probe_loss=_probe_loss(model, forward, packs[0]),
                 best_validation=best,

@@ -78,7 +78,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     target = run_dir / "loss.png"
-    partial = run_dir / ".loss.png.part"
+    partial = run_dir / ".loss.png.part"  # renamed when whole
     figure.savefig(partial, format="png")
     partial.replace(target)
     return target
