@@ -57,7 +57,7 @@ def read_index(path: Path) -> RowIndex | None:
         with np.load(path, allow_pickle=False) as arrays:
             meta = json.loads(arrays["meta"].tobytes())
             table = RowTable(*(arrays[column.name] for column in fields(RowTable)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     receipt = Receipt.from_json(meta["receipt"])
     return RowIndex(table, tuple(meta["files"]), tuple(meta["shard_keys"]), receipt)

@@ -91,7 +91,7 @@ def read_shard_rows(folder: Path, key: str) -> ShardRows | None:
     try:
         with np.load(_rows_path(folder, key), allow_pickle=False) as rows:
             return ShardRows(rows["lengths"], rows["num_learnt"], tuple(rows["refusals"].tolist()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

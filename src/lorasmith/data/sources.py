@@ -23,7 +23,7 @@ __all__ = [
     "read_rows",
 ]
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = ", ".join(READERS)
 
 

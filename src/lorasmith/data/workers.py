@@ -74,8 +74,9 @@ def write_shards_in_workers(writer: ShardWriter, jobs: Iterable[Job], num_worker
 
     def write(job: Job) -> Job:
         if not hasattr(own, "worker"):
-            own.worker = _Worker(writer)
+            own.worker = _Worker()
             workers.append(own.worker)
+            own.worker.send(writer)
         own.worker.write(job)
         return job
 
@@ -97,9 +98,9 @@ def write_shards_in_workers(writer: ShardWriter, jobs: Iterable[Job], num_worker
 
 
 class _Worker:
-    """A child process that writes one shard after another."""
+    """A child process that is sent a ShardWriter, then writes one shard after another."""
 
-    def __init__(self, writer: ShardWriter) -> None:
+    def __init__(self) -> None:
         # One Rust thread each: the processes already fill the cores.
         environment = {
             **os.environ,
@@ -115,7 +116,6 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
-        self._send(writer)
 
     def write(self, job: Job) -> None:
         """Have a shard written.
@@ -123,7 +123,7 @@ class _Worker:
         Raises:
             DataError: it could not be written, or the process has died.
         """
-        self._send(job)
+        self.send(job)
         try:
             fault = pickle.load(self._from)
         except (EOFError, pickle.UnpicklingError) as error:
@@ -138,7 +138,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             self._to.close()
 
-    def _send(self, value: object) -> None:
+    def send(self, value: ShardWriter | Job) -> None:
         try:
             pickle.dump(value, self._to, protocol=pickle.HIGHEST_PROTOCOL)
             self._to.flush()
