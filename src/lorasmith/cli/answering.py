@@ -17,7 +17,6 @@ from lorasmith.generation.sampling import SamplingSettings
 if TYPE_CHECKING:
     from lorasmith.data.example import Message
     from lorasmith.generation.chat import Chat
-    from lorasmith.generation.stream import FinishReason
 
 
 def _describe(name: str) -> str:
@@ -109,26 +108,22 @@ def write_answer(
 ) -> str:
     """Stream one answer to ``out`` and return its text, as far as it came when ``is_stopped`` turned true."""
     pieces = chat.stream(question, sampling=sampling, system=system, override_system=override_system)
-    text, reason = "", None
+    text, num_tokens, reason = "", 0, None
     for piece in pieces:
         out.write(piece.text if not out.isatty() else make_harmless(piece.text))
         out.flush()
-        text, reason = text + piece.text, piece.finish_reason
+        text, num_tokens, reason = text + piece.text, num_tokens + len(piece.token_ids), piece.finish_reason
         if is_stopped():
             break
     out.write("\n")
     out.flush()
-    _note_ending(text, reason, sampling)
-    return text
-
-
-def _note_ending(text: str, reason: "FinishReason | None", sampling: SamplingSettings) -> None:
-    if reason == "length":
-        note(
-            f"(cut after {sampling.max_tokens} tokens, or where the context ends; --max-tokens sets how many)"
-        )
+    if reason == "length" and num_tokens == sampling.max_tokens:
+        note(f"(cut after {num_tokens} tokens; --max-tokens allows more)")
+    elif reason == "length":
+        note(f"(cut after {num_tokens} tokens: the model's context is full)")
     elif reason == "stop" and not text.strip():
         note("(the model ended its answer at once)")
+    return text
 
 
 def make_harmless(text: str) -> str:
