@@ -1,0 +1,190 @@
+"""``lorasmith demo``: the whole road on the handbook example, with what was measured at every station."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorasmith.cli.console import console
+from lorasmith.errors import RunError
+
+if TYPE_CHECKING:
+    from lorasmith.evaluation.answers import AnswersReport, EvaluationRow
+    from lorasmith.generation.chat import Chat
+
+# Asked before and after, on screen: one of each kind of question.
+SHOWN = (
+    "When will I receive my paycheck?",
+    "how long is a work cycle and how many are there per year",
+    "I keep forgetting the end-of-day check-in. What is the least I should do?",
+)
+MAX_ANSWER_TOKENS = 80  # the longest answer of the handbook has 75
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")] = Path("merged/handbook"),
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the example's settings.")
+    ] = None,
+) -> None:
+    """Teach the built-in base a company's handbook: check, ask, train, ask again, merge with proof, report.
+
+    Takes some minutes on a laptop without a GPU. Started again, it goes on where it was stopped.
+    """
+    started = time.monotonic()
+    examples = find_examples()
+    data = examples / "handbook"
+    train_file = data / "handbook_train.json"
+
+    _station(1, "Check the data", f"lorasmith check {train_file}")
+    from lorasmith.cli import check
+
+    check.command(str(train_file))
+
+    from lorasmith.cli.run_file import load_run_file
+    from lorasmith.cli.train import choose_run_dir, train_run
+    from lorasmith.evaluation.answers import read_evaluation_rows
+
+    run_file = load_run_file(examples / "handbook.yaml", settings or ())
+    run_dir = choose_run_dir(run_file)
+    questions = {
+        "training questions": read_evaluation_rows(train_file),
+        "as colleagues type them": read_evaluation_rows(data / "handbook_eval_ordinary.json"),
+        "hard rewordings": read_evaluation_rows(data / "handbook_eval.json"),
+    }
+
+    _station(2, "Ask the base, before", f'lorasmith ask "{SHOWN[0]}" --run {run_file.base.model}')
+    before, base_reports = _ask_base(run_file.base.model, questions)
+
+    _station(3, "Train", f"lorasmith train {examples / 'handbook.yaml'}")
+    if not train_run(run_file, run_dir):
+        console.print("Stopped and saved. Go on with: [bold]lorasmith demo[/]")
+        raise typer.Exit(3)
+
+    _station(4, "Ask the tuned model, after", f'lorasmith ask "{SHOWN[0]}" --run {run_dir}')
+    from lorasmith.generation.chat import Chat
+
+    tuned = Chat.from_run(run_dir)
+    _show_answers(before, _ask_shown(tuned))
+    tuned_reports = {name: _evaluate(tuned, rows, name) for name, rows in questions.items()}
+    del tuned
+
+    _station(5, "Merge, and prove it", f"lorasmith merge --run {run_dir} --out {out}")
+    from lorasmith.cli import merge as merge_command
+
+    if (out / "merge_proof.json").is_file():
+        console.print(f"{escape(str(out))} is there already, from an earlier demo: merged again.", soft_wrap=True)
+    merge_command.command(run=run_dir, out=out, overwrite=True)
+
+    _station(6, "Report", None)
+    report_file = run_dir / "demo_report.json"
+    _write_report(report_file, base_reports, tuned_reports)
+    _print_report(base_reports, tuned_reports)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    console.print(f"The whole road took {minutes} min {seconds} s. Every answer: {escape(str(report_file))}", soft_wrap=True)
+    console.print("\n[bold]What next[/]")
+    console.print(f"  talk with it          lorasmith chat --run {escape(str(run_dir))}", soft_wrap=True)
+    console.print(f"  compare with the base lorasmith chat --run {escape(str(run_dir))} --compare", soft_wrap=True)
+    console.print("  your own data         lorasmith init my-team", soft_wrap=True)
+
+
+def find_examples() -> Path:
+    """Return the folder examples/ of this clone, relative to here if that is shorter.
+
+    Raises:
+        RunError: lorasmith was installed without its clone.
+    """
+    here = Path("examples")
+    if (here / "handbook.yaml").is_file():
+        return here
+    clone = Path(__file__).resolve().parents[3] / "examples"
+    if (clone / "handbook.yaml").is_file():
+        return clone
+    raise RunError(
+        "The demo needs the folder examples/ of a clone of lorasmith, which is not here. "
+        "Run it inside the clone, or start with your own data: lorasmith init my-team"
+    )
+
+
+def _station(number: int, title: str, as_command: str | None) -> None:
+    console.print()
+    console.rule(f"[bold]{number} of 6  {title}[/]", align="left")
+    if as_command:
+        console.print(f"[dim]$ {escape(as_command)}[/]", soft_wrap=True)
+
+
+def _ask_base(model: str, questions: "dict[str, list[EvaluationRow]]") -> "tuple[list[str], dict[str, AnswersReport]]":
+    """Ask the untuned base the shown questions and the hard ones; all of them would take minutes for zeros."""
+    from lorasmith.generation.chat import open_chat
+
+    chat = open_chat(model, tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True))
+    answers = _ask_shown(chat)
+    for question, answer in zip(SHOWN, answers, strict=True):
+        console.print(f"[bold]{escape(question)}[/]\n  {escape(answer)}", soft_wrap=True)
+    name = "hard rewordings"
+    return answers, {name: _evaluate(chat, questions[name], f"base, {name}")}
+
+
+def _ask_shown(chat: "Chat") -> list[str]:
+    from lorasmith.generation.sampling import SamplingSettings
+
+    answers = chat.ask_many(list(SHOWN), sampling=SamplingSettings(max_tokens=MAX_ANSWER_TOKENS))
+    return [" ".join(answer.text.split()) for answer in answers]
+
+
+def _evaluate(chat: "Chat", rows: "list[EvaluationRow]", name: str) -> "AnswersReport":
+    from lorasmith.evaluation.answers import evaluate_answers
+    from lorasmith.generation.sampling import SamplingSettings
+
+    with _asking_progress(name) as progress:
+        return evaluate_answers(
+            chat, rows, sampling=SamplingSettings(max_tokens=MAX_ANSWER_TOKENS), progress=progress
+        )
+
+
+@contextmanager
+def _asking_progress(name: str) -> Iterator:
+    columns = (TextColumn(f"asking {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _show_answers(before: list[str], after: list[str]) -> None:
+    table = Table(show_lines=True, title="Before and after", title_justify="left")
+    for heading in ("question", "base", "tuned"):
+        table.add_column(heading, ratio=1)
+    for question, base, tuned in zip(SHOWN, before, after, strict=True):
+        table.add_row(escape(question), f"[dim]{escape(base)}[/]", escape(tuned))
+    console.print(table)
+
+
+def _print_report(base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
+    table = Table(title="Answers that state the facts", title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("questions", "base", "tuned", "ended by themselves"):
+        table.add_column(heading)
+    for name, report in tuned.items():
+        asked_before = str(base[name].right) if name in base else "[dim]not asked[/]"
+        table.add_row(name, asked_before, f"[bold]{report.right}[/]", str(report.stopped))
+    console.print(table)
+    console.print(
+        "[dim]The last two sets were never trained on; a right answer has all keywords of its row. Training "
+        "questions are right when every number, name and date of the reference is there.[/]\n"
+    )
+
+
+def _write_report(file: Path, base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
+    from lorasmith.model.atomic import write_whole
+
+    content = {
+        "base": {name: report.to_json() for name, report in base.items()},
+        "tuned": {name: report.to_json() for name, report in tuned.items()},
+    }
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,132 @@
+"""``lorasmith train`` and ``init`` as a user meets them: text, exit codes, what is on disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lorasmith.cli import main
+from lorasmith.errors import LorasmithError
+
+
+@pytest.fixture
+def lorasmith(monkeypatch, tmp_path):
+    """Run a command in an empty folder; return (exit code, output, error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str):
+        monkeypatch.setattr(sys, "argv", ["lorasmith", *words])
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(main.app, list(words))
+        if result.exception and not isinstance(result.exception, (LorasmithError, SystemExit)):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "faq.json"
+    file.write_text(json.dumps([{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(12)]))
+    return file
+
+
+def train_words(base, rows, *more):
+    return ("train", "--model", str(base), "--data", str(rows), "training.epochs=2", "training.batch_size=4", *more)
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['lorasmith', '--help']\n"
+    code += "from lorasmith.cli.main import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip().endswith("False False")
+
+
+def test_a_run_from_flags_leaves_a_whole_run_folder(lorasmith, tiny_base_folder, rows, tmp_path):
+    result = lorasmith(*train_words(tiny_base_folder, rows, "--name", "mine", "run.trackers=[tensorboard]"))
+    assert result.exit_code == 0, result.output
+    run_dir = tmp_path / "runs" / "mine"
+    for name in ("run.json", "receipt.json", "metrics.jsonl", "loss.png", "README.md", "adapter/adapter_config.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list(run_dir.glob("trackers/**/events*"))
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["result"]["steps"] == 6
+    assert record["data"]["num_examples"] == 12
+    assert record["settings"]["engine"]["threads"] >= 1
+    assert "lorasmith ask" in result.output
+
+
+def test_a_finished_run_is_not_trained_again(lorasmith, tiny_base_folder, rows, tmp_path):
+    words = train_words(tiny_base_folder, rows, "--name", "mine")
+    lorasmith(*words)
+    before = (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").read_bytes()
+    result = lorasmith(*words)
+    assert result.exit_code == 0
+    assert "finished already" in result.output
+    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    refused = lorasmith(*words, "run.resume=never")
+    assert "is there already" in str(refused.exception)
+
+
+def test_other_settings_under_a_stopped_run_are_named(lorasmith, tiny_base_folder, rows, tmp_path):
+    words = train_words(tiny_base_folder, rows, "--name", "mine")
+    lorasmith(*words)
+    record = json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())
+    (tmp_path / "runs" / "mine" / "run.json").write_text(json.dumps({**record, "result": None}))
+    rows.write_text(rows.read_text().replace("It is 3.", "It is three."))
+    text = str(lorasmith(*words, "method.r=2").exception)
+    assert "method.r: 16 then, 2 now" in text
+    assert "data: " in text
+    assert "has changed since" in text
+
+
+def test_sample_questions_are_asked_while_it_trains(lorasmith, tiny_base_folder, rows):
+    result = lorasmith(*train_words(tiny_base_folder, rows, 'run.sample_questions=["What is 3?"]'))
+    assert result.output.count("What is 3? →") == 2  # once an epoch
+
+
+def test_wrong_data_stops_before_the_first_step(lorasmith, tiny_base_folder, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output":\n')
+    result = lorasmith(*train_words(tiny_base_folder, file))
+    assert "bad.jsonl:2" in str(result.exception)
+    assert not list(tmp_path.glob("runs/*/run.json"))
+
+
+def test_nothing_to_train_says_how(lorasmith):
+    assert "lorasmith init" in str(lorasmith("train").exception)
+
+
+def test_resume_without_a_run_is_refused(lorasmith, tiny_base_folder, rows):
+    assert "There is no run" in str(lorasmith(*train_words(tiny_base_folder, rows, "--name", "x", "--resume")).exception)
+    assert "--name" in str(lorasmith(*train_words(tiny_base_folder, rows, "--resume")).exception)
+
+
+def test_the_list_of_settings(lorasmith):
+    output = lorasmith("train", "--list-settings").output
+    assert "training.learning_rate" in output
+    assert "method.lora_alpha" in output
+
+
+def test_init_writes_what_trains(lorasmith, tiny_base_folder, tmp_path):
+    result = lorasmith("init", "my-team")
+    assert result.exit_code == 0
+    assert "lorasmith train my-team/run.yaml" in result.output
+    trained = lorasmith("train", "my-team/run.yaml", f"base.model={tiny_base_folder}", "training.max_steps=2")
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "runs" / "my-team" / "adapter").is_dir()
+    assert "is there already" in str(lorasmith("init", "my-team").exception)
+
+
+def test_errors_are_printed_without_a_traceback(tmp_path):
+    code = "import sys; sys.argv = ['lorasmith', 'train', 'no.yaml']\nfrom lorasmith.cli.main import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: There is no run file no.yaml.")
+    assert "Traceback" not in done.stderr
