@@ -78,9 +78,9 @@ def test_the_settings_reach_every_turn():
 @pytest.mark.parametrize("leave", ["/exit", "/quit"])
 def test_commands(leave, capsys):
     chat = EchoChat()
-    out = run_talk(["/help", "/hepl", leave, "never"], chat)
+    out = run_talk(["/help", "/nosuch", leave, "never"], chat)
     assert out == HELP + "\n"
-    assert "no command /hepl" in capsys.readouterr().err
+    assert "no command /nosuch" in capsys.readouterr().err
     assert chat.asked == []
 
 
