@@ -6,7 +6,9 @@ family, a Llama with SmolLM's tokenizer, has its own short reader, whose weights
 of transformers. Every other file goes through transformers.
 """
 
+import io
 import struct
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -262,7 +264,8 @@ def _smollm_tokenizer(metadata: dict[str, Any]):
 def _convert_with_transformers(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with quiet_loading():
+    # Its conversion bar goes past transformers' own switch, straight to stderr.
+    with quiet_loading(), redirect_stderr(io.StringIO()):
         try:
             # Without dequantize=True the weights stay packed: slow, and impossible to save.
             model = AutoModelForCausalLM.from_pretrained(
