@@ -144,16 +144,16 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_then_the_program():
         screen.wait_for("tick tick ")
         os.write(master, b"\x03")
         screen.wait_for("(stopped)")
-        screen.wait_for("> ")
+        screen.wait_for_prompt()
         os.write(master, b"\x03")
         screen.wait_for("(Ctrl-C again leaves)")
         os.write(master, b"and now\n")
         screen.wait_for("heard tick.")
         os.write(master, b"\x03")
-        screen.wait_for("> ")
+        screen.wait_for_prompt()
         os.write(master, b"\x03")
         screen.wait_for("(Ctrl-C again leaves)")
-        screen.wait_for("> ")
+        screen.wait_for_prompt()
         os.write(master, b"\x03")
         screen.wait_for("left in peace")
         assert child.wait(timeout=20) == 0
@@ -184,3 +184,8 @@ class Screen:
             assert ready, f"no {text!r} within {seconds} s; the screen shows {self._unread!r}"
             self._unread += os.read(self._master, 4096).decode(errors="replace")
         self._unread = self._unread.split(text, 1)[1]
+
+    def wait_for_prompt(self):
+        """Wait until the child reads: input() loses a Ctrl-C that falls between its prompt and its read."""
+        self.wait_for("> ")
+        time.sleep(0.5)
