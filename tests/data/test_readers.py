@@ -106,6 +106,13 @@ def test_odd_json_files(tmp_path, content, expected):
     assert summary(read(tmp_path, "r.json", content)) == expected
 
 
+@pytest.mark.parametrize("block_bytes", [1, 7, 1000])
+def test_a_bad_row_is_left_behind_as_a_whole(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", block_bytes)
+    content = '[{"m": [{"a": 1}, {"b": NaN}], oops},\n{"a": NaN, "b": [{}, {}]}, {"a": 3}]'
+    assert summary(read(tmp_path, "r.json", content)) == [(1, "not JSON"), (2, "NaN or Infinity"), (2, 3)]
+
+
 def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     content = b'[{"a": "\xc3\xa9"}, {"a": "\xff"}, {"a": "\\udcff"}, {"a": 4}]'
     assert summary(read(tmp_path, "r.json", content)) == [(1, "é"), (1, "not UTF-8"), (1, "\udcff"), (1, 4)]

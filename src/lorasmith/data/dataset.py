@@ -213,10 +213,14 @@ def _write_shards(
     chunks: deque[_Chunk] = deque()  # read, and their shards perhaps not yet written
 
     def missing_jobs() -> Iterator[Job]:
+        is_ahead = False  # of what is reported as done
         for chunk, conversations in _read_chunks(source, data, text_key, ledger):
             chunks.append(chunk)
             if read_shard_rows(writer.folder, chunk.key) is None:
+                is_ahead = True
                 yield Job(chunk.key, conversations)
+            elif not is_ahead:
+                progress(chunk.num_rows_until, chunk.share_until)
 
     jobs = missing_jobs()
     first = list(itertools.islice(jobs, ROWS_FOR_WORKERS // SHARD_ROWS))

@@ -127,19 +127,15 @@ def _read_list(window: "_Window", name: str) -> Iterator[Item]:
             yield RowFault("not JSON", where, "the file ends before the list is closed with ]")
             return
         try:
-            value, end, has_bad_bytes = window.decode()
-        except _NotFiniteError as error:
-            yield RowFault("NaN or Infinity", where, str(error))
-            window.advance(_lenient.raw_decode(window.text, window.at)[1] - window.at)
+            value, end, reason = window.decode()
         except (ValueError, RecursionError) as error:
             yield _json_fault(error, where)
             if not window.skip_to_next_row(getattr(error, "pos", window.at)):
                 return
             expects_row = True
             continue
-        else:
-            yield RowFault("not UTF-8", where) if has_bad_bytes else _row(value, where)
-            window.advance(end - window.at)
+        yield RowFault(reason, where) if reason else _row(value, where)
+        window.advance(end - window.at)
         after = window.peek()
         expects_row = after == ","
         if expects_row:
@@ -180,41 +176,38 @@ class _Window:
         self.line += self.text.count("\n", self.at, self.at + num_chars)
         self.at += num_chars
 
-    def decode(self) -> tuple[Any, int, bool]:
-        """Parse the value that starts here; return it, where it ends, and whether it holds bytes not "
-        "UTF-8."""
+    def decode(self) -> tuple[Any, int, str]:
+        """Parse the value that starts here; return it, where it ends, and why it is an error ("": it is none).
+
+        Raises:
+            ValueError: it is not JSON; a JSONDecodeError has the place in ``pos``.
+        """
+        decoder, reason = _strict, ""
         while True:
             try:
-                value, end = _strict.raw_decode(self.text, self.at)
+                value, end = decoder.raw_decode(self.text, self.at)
                 break
             except _NotFiniteError:
-                if not self._is_unfinished(_lenient):
-                    raise
+                decoder, reason = _lenient, "NaN or Infinity"  # it remains to find where the row ends
             except json.JSONDecodeError:
                 if len(self.text) - self.at > _MAX_ROW_CHARS or not self._grow():
                     raise
-        has_bad_bytes = self._has_bad_bytes and _UNDECODED.search(self.text, self.at, end) is not None
-        return value, end, has_bad_bytes
+        if self._has_bad_bytes and _UNDECODED.search(self.text, self.at, end):
+            reason = "not UTF-8"
+        return value, end, reason
 
     def skip_to_next_row(self, start: int) -> bool:
-        """Move to the next place after ``start`` that looks like a row's beginning: "}, {". False: there "
-        "is none."""
+        """Move to the next place from ``start`` on that looks like a row's beginning, "}, {". False: there is none."""
         while True:
-            match = _NEXT_ROW.search(self.text, max(start, self.at + 1))
+            match = _NEXT_ROW.search(self.text, start)
             if match:
                 self.advance(match.end() - self.at)
                 return True
-            self.advance(max(0, len(self.text) - 4096 - self.at))  # "}, {" may lie across the border
+            # Go on in the next block; "}, {" may lie across the border.
+            self.advance(max(start, len(self.text) - 4096) - self.at)
             start = 0
             if not self._grow():
                 return False
-
-    def _is_unfinished(self, decoder: json.JSONDecoder) -> bool:
-        try:
-            decoder.raw_decode(self.text, self.at)
-        except json.JSONDecodeError:
-            return self._grow()
-        return False
 
     def _grow(self) -> bool:
         if self._is_complete:

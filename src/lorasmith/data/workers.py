@@ -92,9 +92,11 @@ def write_shards_in_workers(writer: ShardWriter, jobs: Iterable[Job], num_worker
     finally:
         for future in pending:
             future.cancel()
-        for worker in workers:
+        for worker in tuple(workers):
             worker.stop()  # what is finished is on the disk, the rest is worth nothing
         threads.shutdown()
+        for worker in workers:  # those that were just starting have written their shard
+            worker.stop()
 
 
 class _Worker:
