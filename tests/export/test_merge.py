@@ -133,11 +133,19 @@ def test_merging_into_the_merged_model_is_refused(tmp_path, run):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("mutation", ["scale doubled", "scale 2% off", "one matrix left out", "transposed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mutation", "dtype"),
+    [
+        ("scale 2% off", "float32"),  # in bfloat16 that is within rounding
+        ("scale doubled", "float32"),
+        ("scale doubled", "bfloat16"),
+        ("one matrix left out", "float32"),
+        ("one matrix left out", "bfloat16"),
+        ("transposed", "float32"),
+        ("transposed", "bfloat16"),
+    ],
+)
 def test_a_wrong_merge_is_refused_and_leaves_nothing(tmp_path, run, monkeypatch, mutation, dtype):
-    if mutation == "scale 2% off" and dtype == "bfloat16":
-        pytest.skip("2% of the update is within bfloat16's own rounding")
     plan = fold_module._plan_updates
 
     def wrong_plan(*arguments):

@@ -20,13 +20,14 @@ from lorasmith.export.chat_template import chat_template, count_equal_prompts
 from lorasmith.export.fold import copy_remote_code, fold
 from lorasmith.export.proof import (
     NUM_QUESTIONS,
+    NUM_QUESTIONS_OF_BASE,
     TOLERANCES,
     MergeProof,
     answer_greedily,
+    compared_length,
     encode_questions,
     free_memory,
     largest_difference,
-    logits_along,
     spread,
 )
 from lorasmith.export.questions import held_out_questions
@@ -109,10 +110,10 @@ def merge(
         model = load_base(source.base, compare_on, trust_remote_code=source.trust_remote_code)
         tuned: Any = load_adapter(model, source.adapter)
         norm = update_norm(tuned)
-        expected_answers = answer_greedily(tuned, asked, stop_ids)
-        expected = logits_along(tuned, asked, expected_answers)
+        expected = answer_greedily(tuned, asked, stop_ids)
         with tuned.disable_adapter():
-            effect = largest_difference(expected, logits_along(tuned, asked, expected_answers))
+            untuned = answer_greedily(tuned, asked[:NUM_QUESTIONS_OF_BASE], stop_ids)
+        effect = largest_difference(expected[:NUM_QUESTIONS_OF_BASE], untuned)
         if effect == 0:
             raise AdapterError(
                 f"The adapter {source.adapter} has no effect: it changes no logit. Train it first."
@@ -122,18 +123,18 @@ def merge(
 
         merged_folder = ResolvedBase(source.base.ref, part)
         merged = load_base(merged_folder, compare_on, trust_remote_code=source.trust_remote_code)
-        answers = answer_greedily(merged, asked, stop_ids)
-        actual = logits_along(merged, asked, expected_answers)
+        actual = answer_greedily(merged, asked, stop_ids)
+        pairs = list(zip(expected, actual, strict=True))
         coarsest = _coarsest_dtype(part)
         proof = MergeProof(
             dtype=str(coarsest).removeprefix("torch."),
             way=way,
             num_questions=len(asked),
-            num_positions=sum(len(logits) for logits in expected),
+            num_positions=sum(compared_length(*pair) for pair in pairs),
             max_logit_difference=largest_difference(expected, actual),
             logit_range=spread(expected),
             adapter_effect=effect,
-            num_same_answers=sum(a == b for a, b in zip(expected_answers, answers, strict=True)),
+            num_same_answers=sum(one.tokens == other.tokens for one, other in pairs),
             num_same_prompts=count_equal_prompts(source.recipe, load_tokenizer(merged_folder), questions),
             tolerance=TOLERANCES[coarsest],
             update_norm=norm,

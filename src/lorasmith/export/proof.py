@@ -16,6 +16,7 @@ from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.tokens import encode
 
 NUM_QUESTIONS = 12
+NUM_QUESTIONS_OF_BASE = 4  # asked of the base alone, to see what the adapter changes
 ANSWER_TOKENS = 24  # greedy tokens of each answer that are compared
 
 
@@ -42,7 +43,10 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class MergeProof:
-    """What was compared and how far the two models part; logits are compared at every token of the answers."""
+    """What was compared and how far the two models part.
+
+    Logits are compared at every token of the greedy answers, up to and with the first at which two answers part.
+    """
 
     dtype: str
     way: str  # how the adapter was folded in
@@ -103,13 +107,26 @@ def encode_questions(
     return tuple(tuple(int(i) for i in encode(recipe.render_prompt(q), tokenizer)[0]) for q in questions)
 
 
+@dataclass(frozen=True)
+class GreedyAnswer:
+    """An answer and the logits that chose it: ``tokens[t]`` is the argmax of ``logits[t]``, float32 [T, V]."""
+
+    tokens: tuple[int, ...]
+    logits: torch.Tensor
+
+
 def answer_greedily(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], batch_size: int = 8
-) -> list[tuple[int, ...]]:
+) -> list[GreedyAnswer]:
     """Return each prompt's greedy answer, up to and with its end token, or ANSWER_TOKENS long."""
     # Set, not passed: what a passed one leaves open is filled from the model's own, such as a repetition penalty.
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+        do_sample=False,
+        max_new_tokens=ANSWER_TOKENS,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     answers = []
     for start in range(0, len(prompts), batch_size):
@@ -118,36 +135,33 @@ def answer_greedily(
         ids = torch.tensor([[stop_ids[0]] * (longest - len(p)) + list(p) for p in batch], device=model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=model.device)
         with torch.inference_mode():
-            grown = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
-        for row in grown[:, longest:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
-            answers.append(tuple(row[:end]))
+            grown: Any = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+        logits = torch.stack(grown.logits, dim=1).float().cpu()
+        for i, row in enumerate(grown.sequences[:, longest:].tolist()):
+            length = next((t + 1 for t, token in enumerate(row) if token in stop_ids), len(row))
+            answers.append(GreedyAnswer(tuple(row[:length]), logits[i, :length]))
     return answers
 
 
-def logits_along(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
-    """Return float32 logits [T, V] of each question: at its last prompt token and at every answer token.
-
-    One question at a time, so no padding is in them.
-    """
-    logits = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        with torch.inference_mode():
-            logits.append(model(ids, use_cache=False).logits[0, len(prompt) - 1 :].float().cpu())
-    return logits
+def compared_length(one: GreedyAnswer, other: GreedyAnswer) -> int:
+    """Return how many positions two answers can be compared at: up to the first token at which they part."""
+    shorter = min(len(one.tokens), len(other.tokens))
+    parted = (t for t in range(shorter) if one.tokens[t] != other.tokens[t])
+    return next(parted, shorter - 1) + 1
 
 
-def largest_difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
-    """Return the largest absolute difference; NaN anywhere makes it NaN."""
-    return float(torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max())
+def largest_difference(some: Sequence[GreedyAnswer], others: Sequence[GreedyAnswer]) -> float:
+    """Return the largest absolute difference of logits given the same text before; NaN anywhere makes it NaN."""
+    differences = []
+    for one, other in zip(some, others, strict=True):
+        n = compared_length(one, other)
+        differences.append((one.logits[:n] - other.logits[:n]).abs().max())
+    return float(torch.stack(differences).max())
 
 
-def spread(logits: Sequence[torch.Tensor]) -> float:
+def spread(answers: Sequence[GreedyAnswer]) -> float:
     """Return the largest minus the smallest logit."""
-    return float(max(x.max() for x in logits) - min(x.min() for x in logits))
+    return float(max(a.logits.max() for a in answers) - min(a.logits.min() for a in answers))
 
 
 def free_memory() -> None:

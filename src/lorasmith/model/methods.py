@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasmith.errors import SettingsError
+from lorasmith.model.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -84,7 +85,7 @@ def attach_adapter(model: "PreTrainedModel", settings: LoraSettings, *, seed: in
     from peft import get_peft_model
 
     names = _target_names(model, settings)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws A on the CPU, then moves it
+    with torch.random.fork_rng(devices=[]), quiet_loading():  # PEFT draws A on the CPU, then moves it
         torch.manual_seed(seed)
         adapted = get_peft_model(model, settings.to_peft(names), autocast_adapter_dtype=True)
     assert all(p.dtype is torch.float32 for p in adapted.parameters() if p.requires_grad)
