@@ -1,7 +1,6 @@
 """From a file to tokens: policies, the cache, crashes, workers."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -172,6 +171,18 @@ def test_each_file_of_a_folder_has_its_own_format(write, recipe, tiny_tokenizer,
     assert dataset.receipt.warnings == ("b.jsonl:1: same question as a.jsonl:1, other answer",)
 
 
+def test_progress_is_of_all_files_together(write, recipe, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "SHARD_ROWS", 5)
+    write(many(10), "a.jsonl")
+    write([row("Other?", "1")], "b.jsonl")
+    shares = []
+    data = DataSettings(train=str(tmp_path))
+    prepare_dataset(data, recipe, tiny_tokenizer, progress=lambda rows, share: shares.append(share))
+    assert shares == sorted(shares)
+    assert 0.4 < shares[0] < 0.6
+    assert shares[-1] == 1.0
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(dataset_module, "SHARD_ROWS", 10)
@@ -278,15 +289,6 @@ def test_a_killed_worker_is_told(write, recipe, tiny_tokenizer, small_shards, mo
     monkeypatch.setattr(workers.sys, "executable", "false")  # a program that ends at once
     with pytest.raises(DataError, match="A tokenising process ended with exit code"):
         prepare_dataset(DataSettings(train=write(many(75))), recipe, tiny_tokenizer)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_told(write, recipe, tiny_tokenizer, tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o500)
-    with pytest.raises(DataError, match="LORASMITH_CACHE"):
-        prepare_dataset(
-            DataSettings(train=write(many(2)), cache_dir=str(tmp_path / "cache")), recipe, tiny_tokenizer
-        )
 
 
 def test_a_cache_folder_that_is_a_file_is_told(write, recipe, tiny_tokenizer):

@@ -113,6 +113,13 @@ def test_a_bad_row_is_left_behind_as_a_whole(tmp_path, monkeypatch, block_bytes)
     assert summary(read(tmp_path, "r.json", content)) == [(1, "not JSON"), (2, "NaN or Infinity"), (2, 3)]
 
 
+def test_a_bad_row_of_many_blocks_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(readers, "_MAX_ROW_CHARS", 100)
+    content = '[{"a": 1},\n{"a": "' + "x" * 20_000 + '\n"},\n{"a": 3}]'
+    assert summary(read(tmp_path, "r.json", content)) == [(1, 1), (2, "not JSON"), (4, 3)]
+
+
 def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     content = b'[{"a": "\xc3\xa9"}, {"a": "\xff"}, {"a": "\\udcff"}, {"a": 4}]'
     assert summary(read(tmp_path, "r.json", content)) == [(1, "é"), (1, "not UTF-8"), (1, "\udcff"), (1, 4)]

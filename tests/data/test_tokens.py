@@ -12,7 +12,8 @@ from lorasmith.data.example import Example, Message
 from lorasmith.data.formats import FORMATS
 from lorasmith.data.prompts import PromptRecipe, Segment, choose_recipe, special_tokens
 from lorasmith.data.settings import PromptSettings
-from lorasmith.data.tokens import Encoder, encode, label, truncate
+from lorasmith.data.tokens import Encoder, encode, label, tokenizer_json, truncate
+from lorasmith.errors import RecipeError
 
 MARKED = "{% for m in messages %}<s>{{ m['role'] }}{{ sep }}: {{ m['content'] }}</s>{% endfor %}"
 
@@ -132,6 +133,21 @@ def test_a_token_that_is_special_to_transformers_only_is_text_in_contents(tiny_t
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert encoder.encode_many([[Segment("<end>", False, False)]])[0][0].tolist() == [end]
     assert end not in encoder.encode_many([[Segment("<end>", False, True)]])[0][0]
+
+
+def test_tokens_that_are_added_later_are_known(tiny_tokenizer):
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    segments = [Segment("<new>", False, False)]
+    assert len(encode(segments, tokenizer)[0]) > 1
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert encode(segments, tokenizer)[0].tolist() == [tokenizer.convert_tokens_to_ids("<new>")]
+
+
+@pytest.mark.parametrize("tokenizer", [object(), None])
+def test_a_tokenizer_without_a_rust_backend_is_refused(tokenizer):
+    with pytest.raises(RecipeError, match="without a Rust backend"):
+        tokenizer_json(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["legacy", "always", "first", "never"])
