@@ -24,7 +24,7 @@ def test_a_folder_without_data_is_refused(tmp_path):
 def test_a_wrong_path_names_the_nearest_files(tmp_path):
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(DataError, match=r"does not exist\. Did you mean .*train\.jsonl\?"):
-        open_source(tmp_path / "trian.jsonl")
+        open_source(tmp_path / "tain.jsonl")
     with pytest.raises(DataError, match=r"Data files in .*: train\.jsonl\."):
         open_source(tmp_path / "questions.csv")
     with pytest.raises(DataError, match=r"The folder .*nowhere does not exist either"):

@@ -106,8 +106,7 @@ FORMATS = {
 
 
 def detect_format(fields: Mapping[str, Any]) -> Format | None:
-    """Return the format all of whose keys the row has. Preference rows (chosen, rejected) are none of "
-    "ours."""
+    """Return the format all of whose keys the row has. Preference rows (chosen, rejected) are none of ours."""
     if "chosen" in fields and "rejected" in fields:
         return None
     return next((f for f in FORMATS.values() if all(key in fields for key in f.keys)), None)
@@ -162,8 +161,7 @@ def _turns(turns: Any, role_key: str, content_key: str) -> tuple[Message, ...]:
 
 
 def _joined_parts(content: Any) -> Any:
-    """Return the text of OpenAI's content parts, [{"type": "text", "text": ...}, ...]; else the content "
-    "itself."""
+    """Return the text of OpenAI's content parts, [{"type": "text", "text": ...}, ...]; else the content itself."""
     if (
         isinstance(content, list)
         and content

@@ -15,8 +15,7 @@ from lorasmith.data.receipt import Receipt
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """N used rows. ``stored`` is a row's length in its shard, ``lengths`` the one after the overlong "
-    "policy."""
+    """N used rows. ``stored`` is a row's length in its shard, ``lengths`` the one after the overlong policy."""
 
     shards: np.ndarray  # int32 [N], into RowIndex.shard_keys
     starts: np.ndarray  # int64 [N], into the tokens of the shard

@@ -13,8 +13,8 @@ empty) with a private-use character standing in for each content:
 
 A template is a program and may look at contents (most often it trims them). So every conversation is also
 rendered directly, and the filled-in layout must equal that text; where the template strips white space the
-layout follows, and where it does anything else the conversation is refused. A render takes some 15
-microseconds, a tenth of what tokenising the row takes: a proof for every row is worth its price.
+layout follows, and where it does anything else the conversation is refused. A render takes some 60
+microseconds, a quarter of what tokenising the row takes: a proof for every row is worth its price.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import importlib.resources
 import itertools
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,8 +116,7 @@ class PromptRecipe:
         return self._fill(asked, stops_before_answer=True)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of three sample conversations as rendered, with the stop strings and "
-        "``learn``."""
+        """Return the sha256 of three sample conversations as rendered, with the stop strings and ``learn``."""
         user, answer = Message("user", "When is payday?"), Message("assistant", "On the 1st.")
         samples = [
             (user, answer),
@@ -256,41 +256,42 @@ class PromptRecipe:
                     f"the prompt template {self.name!r} shows the answer of turn {index + 1} twice"
                 )
 
-    def _mark_learnt(self, parts: list[_Part], messages: tuple[Message, ...]) -> list[_Part]:
-        """Mark each learnt answer and its end token; drop what follows the last answer, which nobody "
-        "learns."""
+    def _mark_learnt(self, parts: Sequence[_Part], messages: tuple[Message, ...]) -> list[_Part]:
+        """Mark each learnt answer with its end token; drop what follows the last one, which nobody learns."""
         last = 2 * (len(messages) - 1)
+        answers = {2 * i for i, message in enumerate(messages) if message.role == "assistant"}
         marked: list[_Part] = []
-        after: _Part | None = None  # the answer whose end token is looked for
-        for part in [*parts, _Part("", None)]:
-            if after is not None:
-                text = part.text if part.slot is None else ""
-                end = self._special_token_pattern().search(text)
-                if end:
-                    marked.append(_Part(text[: end.end()], None, after.is_learnt))
-                    part = _Part(text[end.end() :], None)
-                elif self.eos_token:
-                    marked.append(_Part(self.eos_token, None, after.is_learnt))
-                else:
-                    raise RecipeError(
-                        f"the prompt template {self.name!r} writes no special token after an answer, and "
-                        "the tokenizer has no eos_token: the tuned model could never stop. Set the "
-                        "tokenizer's eos_token."
-                    )
-                if after.slot == last:
-                    return marked
-            is_answer = (
-                part.slot is not None and part.slot % 2 == 0 and messages[part.slot // 2].role == "assistant"
-            )
-            after = _Part("", part.slot, self.learn == "all" or part.slot == last) if is_answer else None
-            if after and marked and marked[-1].slot is None and marked[-1].text.endswith(" "):
+        rest = deque(parts)
+        while rest:
+            part = rest.popleft()
+            if part.slot not in answers:
+                marked.append(part)
+                continue
+            is_learnt = self.learn == "all" or part.slot == last
+            if marked and marked[-1].text.endswith(" "):
                 # "Answer: " + "Paris": tokenizers keep a space with the word after it; the answer gets it.
                 before = marked.pop().text
                 kept = before.rstrip(" ")
-                marked += [_Part(kept, None), _Part(before[len(kept) :], None, after.is_learnt)]
-            if after or part.slot is not None or part.text:
-                marked.append(after or part)
+                marked += [_Part(kept, None), _Part(before[len(kept) :], None, is_learnt)]
+            follows = rest.popleft().text if rest and rest[0].slot is None else ""
+            end, follows = self._split_after_end_token(follows)
+            marked += [_Part("", part.slot, is_learnt), _Part(end, None, is_learnt)]
+            if part.slot == last:
+                return marked
+            rest.appendleft(_Part(follows, None))
         raise AssertionError("the last answer was not in the layout")
+
+    def _split_after_end_token(self, text: str) -> tuple[str, str]:
+        """Split template text that follows an answer into (up to its first special token, the rest)."""
+        end = self._special_token_pattern().search(text)
+        if end:
+            return text[: end.end()], text[end.end() :]
+        if self.eos_token:
+            return self.eos_token, text
+        raise RecipeError(
+            f"the prompt template {self.name!r} writes no special token after an answer, and the tokenizer "
+            "has no eos_token: the tuned model could never stop. Set the tokenizer's eos_token."
+        )
 
     def _first_special_token(self, text: str) -> str | None:
         match = self._special_token_pattern().search(text)

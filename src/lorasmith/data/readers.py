@@ -49,8 +49,7 @@ Item = Row | RowFault | BlankLine
 
 @dataclass(slots=True)
 class Position:
-    """How far a reader has come, for the progress bar: bytes of a file, rows of a Parquet file or Hub "
-    "split."""
+    """How far a reader has come, for the progress bar: bytes of a file, rows of a Parquet file or Hub split."""
 
     done: int = 0
 
@@ -150,8 +149,7 @@ def _read_list(window: "_Window", name: str) -> Iterator[Item]:
 
 
 class _Window:
-    """The part of a JSON file around the row that is being parsed; grows at its end, is freed at its "
-    "start."""
+    """The part of a JSON file around the row that is being parsed; grows at its end, is freed at its start."""
 
     def __init__(self, file: BinaryIO, position: Position) -> None:
         self.text = ""

@@ -41,8 +41,7 @@ def digest_messages(messages: Sequence[Message]) -> bytes:
 
 
 def shard_key(prefix: str, digests: Sequence[bytes]) -> str:
-    """Return the name of the shard with these conversations; ``prefix`` names the recipe and the "
-    "tokenizer."""
+    """Return the name of the shard with these conversations; ``prefix`` names the recipe and the tokenizer."""
     return hashlib.sha256(prefix.encode() + b"".join(digests)).hexdigest()
 
 
