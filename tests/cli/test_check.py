@@ -62,7 +62,7 @@ def test_wrong_rows_are_all_listed_and_the_code_is_2(check):
     assert "rows.jsonl:2: not JSON: " in shown
     assert "rows.jsonl:3: NaN or Infinity: " in shown
     assert "rows.jsonl:4: another schema: a row of OpenAI messages, in a file of Alpaca rows" in shown
-    assert "3 rows are wrong: training would stop before its first step." in shown
+    assert "Wrong rows: 3. Training would stop before its first step." in shown
     assert "Ready to train" not in shown
     code, shown = check([GOOD[0], "{", '{"instruction": NaN}', {"messages": []}], on_bad_row="skip")
     assert code == 0
@@ -72,9 +72,9 @@ def test_wrong_rows_are_all_listed_and_the_code_is_2(check):
 @pytest.mark.parametrize(
     ("policy", "code", "text"),
     [
-        ("error", 2, "1 examples are longer than max_seq_len 40. Choose: --overlong drop"),
-        ("drop", 0, "1 examples are longer than max_seq_len 40 and are left out (--overlong drop)."),
-        ("truncate", 0, "1 examples are cut to max_seq_len 40 (--overlong truncate); the end token is kept."),
+        ("error", 2, "Longer than max_seq_len 40: 1. Choose: --overlong drop"),
+        ("drop", 0, "Longer than max_seq_len 40, left out by --overlong drop: 1."),
+        ("truncate", 0, "Longer than max_seq_len 40, cut by --overlong truncate, the end token kept: 1."),
     ],
 )
 def test_what_will_be_cut_is_said(check, policy, code, text):

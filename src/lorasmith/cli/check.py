@@ -24,6 +24,7 @@ from lorasmith.data.settings import (
     PromptSettings,
 )
 from lorasmith.data.statistics import Distribution, describe
+from lorasmith.model.settings import BUILT_IN, BaseSettings
 
 if TYPE_CHECKING:
     from lorasmith.data.dataset import Progress, TokenizedDataset
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from lorasmith.data.receipt import Receipt
     from lorasmith.packing.plan import Gain
 
-BUILT_IN = "smollm2-135m"  # as lorasmith.model.base calls it, which is slow to import
 EXIT_WRONG_ROWS = 2
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
@@ -67,7 +67,7 @@ def command(
     """
     from lorasmith.data.dataset import examine_dataset
     from lorasmith.data.prompts import choose_recipe
-    from lorasmith.model.base import BaseSettings, load_tokenizer, resolve_base
+    from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.packing.plan import predict_gain
     from lorasmith.training.settings import TrainingSettings
 
@@ -122,9 +122,8 @@ def _reading_progress(*, shows: bool) -> Iterator["Progress"]:
 
 
 def _print_receipt(receipt: "Receipt") -> None:
-    table = Table(
-        title=f"Receipt of {escape(receipt.source)}", title_justify="left", show_edge=False, pad_edge=False
-    )
+    console.print(f"[bold]Receipt of {escape(receipt.source)}[/]", soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False)
     table.add_column("rows", justify="right")
     table.add_column("what became of them")
     table.add_row(
@@ -218,17 +217,15 @@ def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
     num_failed, num_dropped = receipt.failed.get(OVERLONG, 0), receipt.skipped.get(OVERLONG, 0)
     if num_failed:
         text = (
-            f"[red]{num_failed:,} examples are longer than {limit}[/]. Choose: --overlong drop (left out, counted), "
+            f"[red]Longer than {limit}: {num_failed:,}[/]. Choose: --overlong drop (left out, counted), "
             "--overlong truncate (answers are cut, the end token is kept), or a larger --max-seq-len."
         )
     elif num_dropped:
-        text = f"{num_dropped:,} examples are longer than {limit} and are left out (--overlong drop)."
+        text = f"Longer than {limit}, left out by --overlong drop: {num_dropped:,}."
     elif receipt.truncated or receipt.skipped.get(NO_ROOM):
-        text = (
-            f"{receipt.truncated:,} examples are cut to {limit} (--overlong truncate); the end token is kept."
-        )
+        text = f"Longer than {limit}, cut by --overlong truncate, the end token kept: {receipt.truncated:,}."
         if num_without := receipt.skipped.get(NO_ROOM):
-            text += f" {num_without:,} more are left out: the prompt alone fills it."
+            text += f" Left out, because the prompt alone is longer: {num_without:,}."
     else:
         text = f"Nothing will be cut: every example fits into {limit}."
     console.print(text)
@@ -256,10 +253,12 @@ def _train_command(model: str, data: DataSettings, prompt: PromptSettings) -> st
 
 def _print_verdict(receipt: "Receipt", train_command: str) -> None:
     if receipt.failed:
-        console.print(
-            f"[red]{receipt.num_failed:,} rows are wrong[/]: training would stop before its first step. Fix them, "
-            "or leave them out with --on-bad-row skip."
-        )
+        from lorasmith.data.dataset import OVERLONG
+
+        text = f"[red]Wrong rows: {receipt.num_failed:,}[/]. Training would stop before its first step."
+        if set(receipt.failed) != {OVERLONG}:
+            text += " Fix them, or leave them out, counted, with --on-bad-row skip."
+        console.print(text)
     elif not receipt.used:
         console.print("[red]No row can be used.[/]")
     else:
