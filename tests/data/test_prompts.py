@@ -1,13 +1,16 @@
 """The prompt recipe: exact texts, what is learnt, one renderer for training and asking."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
+from tokenizers import processors
 
 from lorasmith.data.example import Example, Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import PromptSettings
+from lorasmith.data.tokens import encode
 from lorasmith.errors import RecipeError, SettingsError
 
 WITH_INPUT = (
@@ -94,6 +97,20 @@ def test_alpaca_puts_a_system_prompt_before_the_preamble(tiny_tokenizer):
     made, _ = choose_recipe(PromptSettings(recipe="alpaca", system="Be brief."), tiny_tokenizer)
     text = text_of(made.render(example(user("One?"), assistant("1"))))
     assert text == "Be brief.\n\n" + WITHOUT_INPUT.format(instruction="One?") + "1<|im_end|>"
+
+
+def test_alpaca_begins_with_the_bos_token_where_the_tokenizer_adds_one(tiny_tokenizer, alpaca):
+    adding = copy.deepcopy(tiny_tokenizer)
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    made, _ = choose_recipe(PromptSettings(recipe="alpaca"), adding)
+    talk = example(user("One?"), assistant("1"))
+    assert text_of(made.render(talk)) == "<|im_start|>" + text_of(alpaca.render(talk))
+    ids, _ = encode(made.render_prompt(talk.question), adding)
+    assert ids.tolist() == adding(WITHOUT_INPUT.format(instruction="One?")).input_ids  # as plain tokenising
+    chat, _ = choose_recipe(PromptSettings(recipe="chat"), adding)
+    assert text_of(chat.render(talk)).startswith("<|im_start|>user")  # not twice
 
 
 def test_chat_is_the_tokenizers_own_template(chat, tiny_tokenizer):
@@ -230,8 +247,6 @@ def test_the_choice_is_chat_where_there_is_a_chat_template(tiny_tokenizer, tmp_p
 
 
 def test_without_a_chat_template_the_choice_is_alpaca(tiny_tokenizer):
-    import copy
-
     plain = copy.deepcopy(tiny_tokenizer)
     plain.chat_template = None
     made, reason = choose_recipe(PromptSettings(), plain)
