@@ -128,7 +128,8 @@ def main() -> None:
         return
     tokenizer_folder = options.tokenizer
     if tokenizer_folder is None:
-        from lorasmith.model.base import BaseSettings, resolve_base
+        from lorasmith.model.base import resolve_base
+        from lorasmith.model.settings import BaseSettings
 
         tokenizer_folder = str(resolve_base(BaseSettings()).folder)
     with tempfile.TemporaryDirectory(prefix="lorasmith-scale-") as folder:

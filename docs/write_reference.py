@@ -23,7 +23,9 @@ def commands() -> str:
         result = runner.invoke(main.app, words, prog_name="lorasmith")
         if result.exit_code != 0:
             raise SystemExit(f"lorasmith {name} --help failed: {result.output} {result.exception}")
-        text = "\n".join(line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", result.output).strip("\n").split("\n"))
+        text = "\n".join(
+            line.rstrip() for line in re.sub("\x1b\\[[0-9;]*m", "", result.output).strip("\n").split("\n")
+        )
         parts.append(f"## lorasmith {name}".rstrip() + f"\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
 

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models are slower with more threads, and five times slower on a busy machine. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -65,9 +67,13 @@ def tiny_tokenizer():
     )
 
 
-TINY = dict(
-    vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
-)
+TINY = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
 def make_tiny_model(family: str):
@@ -75,8 +81,8 @@ def make_tiny_model(family: str):
     import torch
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
 
-    gqa = dict(num_key_value_heads=2, intermediate_size=64)
-    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    gqa = {"num_key_value_heads": 2, "intermediate_size": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = {
         "llama": lambda: LlamaConfig(**TINY, **gqa, **ids, tie_word_embeddings=True),
         "mistral": lambda: MistralConfig(**TINY, **gqa, **ids, sliding_window=16),

@@ -13,7 +13,12 @@ RUN_FILES = sorted((ROOT / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.name)
 def test_the_run_file_trains(file, tiny_base_folder, tmp_path):
-    overrides = [f"base.model={tiny_base_folder}", "data.max_seq_len=1024", "training.max_steps=2", "run.trackers=[]"]
+    overrides = [
+        f"base.model={tiny_base_folder}",
+        "data.max_seq_len=1024",
+        "training.max_steps=2",
+        "run.trackers=[]",
+    ]
     settings = lorasmith.load_run_file(file, overrides, {})
     reports = list(lorasmith.train(settings, tmp_path / "run"))
     assert [report.step for report in reports] == [1, 2]

@@ -16,9 +16,10 @@ from lorasmith.errors import AdapterError, RecipeError, RunError, SettingsError
 from lorasmith.generation.chat import open_chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.adapter import save_adapter
-from lorasmith.model.base import BaseSettings, resolve_base
-from lorasmith.model.methods import LoraSettings, attach_adapter
+from lorasmith.model.base import resolve_base
+from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.settings import BaseSettings, LoraSettings
 
 ON_CPU = {"device": "cpu", "dtype": "float32"}
 SHORT = SamplingSettings(max_tokens=6)

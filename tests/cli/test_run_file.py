@@ -25,7 +25,11 @@ def faults(*arguments, **options) -> str:
 
 def test_file_then_environment_then_flags(run_file):
     file = run_file("data: {train: a.json}\ntraining: {epochs: 1, batch_size: 2, seed: 3}\n")
-    environ = {"LORASMITH_TRAINING__EPOCHS": "5", "LORASMITH_TRAINING__BATCH_SIZE": "6", "LORASMITH_CACHE": "/x"}
+    environ = {
+        "LORASMITH_TRAINING__EPOCHS": "5",
+        "LORASMITH_TRAINING__BATCH_SIZE": "6",
+        "LORASMITH_CACHE": "/x",
+    }
     training = load_run_file(file, ["training.epochs=7"], environ).training
     assert (training.epochs, training.batch_size, training.seed) == (7, 6, 3)
 
@@ -80,7 +84,12 @@ def test_a_key_that_stands_twice_is_an_error(run_file):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("", "holds nothing"), ("- a\n- b\n", "holds list"), ("a: [", "is not YAML"), ("data:\n\ttrain: x", "is not YAML")],
+    [
+        ("", "holds nothing"),
+        ("- a\n- b\n", "holds list"),
+        ("a: [", "is not YAML"),
+        ("data:\n\ttrain: x", "is not YAML"),
+    ],
 )
 def test_a_file_that_is_no_run_file(run_file, content, expected):
     assert expected in faults(run_file(content))

@@ -29,12 +29,23 @@ def lorasmith(monkeypatch, tmp_path):
 @pytest.fixture
 def rows(tmp_path):
     file = tmp_path / "faq.json"
-    file.write_text(json.dumps([{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(12)]))
+    file.write_text(
+        json.dumps([{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(12)])
+    )
     return file
 
 
 def train_words(base, rows, *more):
-    return ("train", "--model", str(base), "--data", str(rows), "training.epochs=2", "training.batch_size=4", *more)
+    return (
+        "train",
+        "--model",
+        str(base),
+        "--data",
+        str(rows),
+        "training.epochs=2",
+        "training.batch_size=4",
+        *more,
+    )
 
 
 def test_help_needs_no_torch():
@@ -50,7 +61,14 @@ def test_a_run_from_flags_leaves_a_whole_run_folder(lorasmith, tiny_base_folder,
     result = lorasmith(*train_words(tiny_base_folder, rows, "--name", "mine", "run.trackers=[tensorboard]"))
     assert result.exit_code == 0, result.output
     run_dir = tmp_path / "runs" / "mine"
-    for name in ("run.json", "receipt.json", "metrics.jsonl", "loss.png", "README.md", "adapter/adapter_config.json"):
+    for name in (
+        "run.json",
+        "receipt.json",
+        "metrics.jsonl",
+        "loss.png",
+        "README.md",
+        "adapter/adapter_config.json",
+    ):
         assert (run_dir / name).stat().st_size > 0, name
     assert list(run_dir.glob("trackers/**/events*"))
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -104,7 +122,9 @@ def test_nothing_to_train_says_how(lorasmith):
 
 
 def test_resume_without_a_run_is_refused(lorasmith, tiny_base_folder, rows):
-    assert "There is no run" in str(lorasmith(*train_words(tiny_base_folder, rows, "--name", "x", "--resume")).exception)
+    assert "There is no run" in str(
+        lorasmith(*train_words(tiny_base_folder, rows, "--name", "x", "--resume")).exception
+    )
     assert "--name" in str(lorasmith(*train_words(tiny_base_folder, rows, "--resume")).exception)
 
 
@@ -126,7 +146,9 @@ def test_init_writes_what_trains(lorasmith, tiny_base_folder, tmp_path):
 
 def test_errors_are_printed_without_a_traceback(tmp_path):
     code = "import sys; sys.argv = ['lorasmith', 'train', 'no.yaml']\nfrom lorasmith.cli.main import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("Error: There is no run file no.yaml.")
     assert "Traceback" not in done.stderr

@@ -18,9 +18,10 @@ from lorasmith.data.settings import PromptSettings
 from lorasmith.errors import AdapterError, BaseModelError, MergeError, RunError
 from lorasmith.export.merge import merge
 from lorasmith.model.adapter import save_adapter
-from lorasmith.model.base import BaseSettings, resolve_base
-from lorasmith.model.methods import LoraSettings, attach_adapter
+from lorasmith.model.base import resolve_base
+from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.settings import BaseSettings, LoraSettings
 
 IDS = torch.tensor([[1, 17, 60, 200, 5, 9, 320, 44]])
 QUESTIONS = [(Message("user", text),) for text in ("When is payday?", "Where is the office?", "gm", "2 + 2?")]

@@ -16,9 +16,10 @@ from lorasmith.generation.chat import Chat, open_chat
 from lorasmith.generation.decode import NextToken
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.adapter import save_adapter
-from lorasmith.model.base import BaseSettings, resolve_base
-from lorasmith.model.methods import LoraSettings, attach_adapter
+from lorasmith.model.base import resolve_base
+from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.settings import BaseSettings, LoraSettings
 
 SHORT = SamplingSettings(max_tokens=12)
 ASK = "When is payday?"

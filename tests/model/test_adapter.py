@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from conftest import make_tiny_model
 from lorasmith.errors import AdapterError
 from lorasmith.model.adapter import load_adapter, named_base, save_adapter, update_norm
-from lorasmith.model.methods import LoraSettings, attach_adapter
+from lorasmith.model.methods import attach_adapter
+from lorasmith.model.settings import LoraSettings
 
 IDS = torch.tensor([[1, 17, 60, 200, 5, 9]])
 

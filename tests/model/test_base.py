@@ -14,7 +14,6 @@ from lorasmith.errors import BaseModelError
 from lorasmith.model import base as base_module
 from lorasmith.model.base import (
     BaseRef,
-    BaseSettings,
     fingerprint_weights,
     load_base,
     load_tokenizer,
@@ -22,6 +21,7 @@ from lorasmith.model.base import (
     resolve_base,
 )
 from lorasmith.model.device import DeviceChoice
+from lorasmith.model.settings import BaseSettings
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "")
 IDS = torch.tensor([[1, 17, 60]])

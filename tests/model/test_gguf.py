@@ -9,9 +9,10 @@ import torch
 from conftest import CHAT_TEMPLATE, make_tiny_model
 from lorasmith.errors import BaseModelError
 from lorasmith.model import gguf as gguf_module
-from lorasmith.model.base import BaseSettings, find_built_in, load_base, load_tokenizer, resolve_base
+from lorasmith.model.base import find_built_in, load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.gguf import convert_gguf, read_header
+from lorasmith.model.settings import BaseSettings
 
 CPU = DeviceChoice(torch.device("cpu"), torch.float32, "")
 IDS = torch.tensor([[1, 17, 60, 200, 5, 9]])

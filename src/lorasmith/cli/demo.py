@@ -31,7 +31,8 @@ MAX_ANSWER_TOKENS = 80  # the longest answer of the handbook has 75
 def command(
     out: Annotated[Path, typer.Option(help="Folder for the merged model.")] = Path("merged/handbook"),
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the example's settings.")
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the example's settings."),
     ] = None,
 ) -> None:
     """Teach the built-in base a company's handbook: check, ask, train, ask again, merge with proof, report.
@@ -80,7 +81,9 @@ def command(
     from lorasmith.cli import merge as merge_command
 
     if (out / "merge_proof.json").is_file():
-        console.print(f"{escape(str(out))} is there already, from an earlier demo: merged again.", soft_wrap=True)
+        console.print(
+            f"{escape(str(out))} is there already, from an earlier demo: merged again.", soft_wrap=True
+        )
     merge_command.command(run=run_dir, out=out, overwrite=True)
 
     _station(6, "Report", None)
@@ -88,10 +91,15 @@ def command(
     _write_report(report_file, base_reports, tuned_reports)
     _print_report(base_reports, tuned_reports)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console.print(f"The whole road took {minutes} min {seconds} s. Every answer: {escape(str(report_file))}", soft_wrap=True)
+    console.print(
+        f"The whole road took {minutes} min {seconds} s. Every answer: {escape(str(report_file))}",
+        soft_wrap=True,
+    )
     console.print("\n[bold]What next[/]")
     console.print(f"  talk with it          lorasmith chat --run {escape(str(run_dir))}", soft_wrap=True)
-    console.print(f"  compare with the base lorasmith chat --run {escape(str(run_dir))} --compare", soft_wrap=True)
+    console.print(
+        f"  compare with the base lorasmith chat --run {escape(str(run_dir))} --compare", soft_wrap=True
+    )
     console.print("  your own data         lorasmith init my-team", soft_wrap=True)
 
 
@@ -120,7 +128,9 @@ def _station(number: int, title: str, as_command: str | None) -> None:
         console.print(f"[dim]$ {escape(as_command)}[/]", soft_wrap=True)
 
 
-def _ask_base(model: str, questions: "dict[str, list[EvaluationRow]]") -> "tuple[list[str], dict[str, AnswersReport]]":
+def _ask_base(
+    model: str, questions: "dict[str, list[EvaluationRow]]"
+) -> "tuple[list[str], dict[str, AnswersReport]]":
     """Ask the untuned base the shown questions and the hard ones; all of them would take minutes for zeros."""
     from lorasmith.generation.chat import open_chat
 
@@ -181,7 +191,7 @@ def _print_report(base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersRep
 
 
 def _write_report(file: Path, base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
-    from lorasmith.model.atomic import write_whole
+    from lorasmith.files import write_whole
 
     content = {
         "base": {name: report.to_json() for name, report in base.items()},

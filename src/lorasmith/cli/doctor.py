@@ -149,7 +149,8 @@ def _examine_processors() -> Iterator[Finding]:
 
 
 def _examine_built_in() -> Finding:
-    from lorasmith.model.base import BUILT_IN, find_built_in
+    from lorasmith.model.base import find_built_in
+    from lorasmith.model.settings import BUILT_IN
 
     if file := find_built_in():
         return Finding("built-in base", "ok", f"{BUILT_IN} ({file.name}, {file.stat().st_size / 1e6:.0f} MB)")

@@ -22,10 +22,22 @@ _CHOSEN: dict[str, Any] = {
 _ROWS = [
     ("When is the weekly planning meeting?", "On Monday at 10:00, in the blue room and on the team's call."),
     ("When does the team plan its week?", "Every Monday at 10:00, in the blue room and on the team's call."),
-    ("How do I get a test account?", "Write to the channel #platform; an account is made within one working day."),
-    ("Who makes accounts for the test system?", "The platform team: ask in the channel #platform, it takes one day."),
-    ("Where do we keep design decisions?", "In the folder decisions/ of the main repository, one file a decision."),
-    ("I made a design decision. Where does it go?", "Into decisions/ in the main repository, as a file of its own."),
+    (
+        "How do I get a test account?",
+        "Write to the channel #platform; an account is made within one working day.",
+    ),
+    (
+        "Who makes accounts for the test system?",
+        "The platform team: ask in the channel #platform, it takes one day.",
+    ),
+    (
+        "Where do we keep design decisions?",
+        "In the folder decisions/ of the main repository, one file a decision.",
+    ),
+    (
+        "I made a design decision. Where does it go?",
+        "Into decisions/ in the main repository, as a file of its own.",
+    ),
     ("What is the support phone's number?", "The support phone has the extension 4711, from 9:00 to 17:00."),
     ("Which extension has support, and when?", "The extension is 4711, answered from 9:00 to 17:00."),
 ]
@@ -48,7 +60,9 @@ def command(
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in _ROWS]
     data_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"Wrote {escape(str(run_file))} (every setting, explained)", soft_wrap=True)
-    console.print(f"Wrote {escape(str(data_file))} ({len(rows)} sample rows; put your own here)", soft_wrap=True)
+    console.print(
+        f"Wrote {escape(str(data_file))} ({len(rows)} sample rows; put your own here)", soft_wrap=True
+    )
     console.print("Next:", style="bold")
     console.print(f"  lorasmith check {escape(str(data_file))}", soft_wrap=True)
     console.print(f"  lorasmith train {escape(str(run_file))}", soft_wrap=True)

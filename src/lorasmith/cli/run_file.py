@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
-from lorasmith.model.base import BaseSettings
-from lorasmith.model.methods import LoraSettings
+from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def _take_file(
     for section, settings in content.items():
         if section in RunFile.model_fields and isinstance(settings, dict):
             for key, value in settings.items():
-                if (section, key) in _PATHS:
+                if (section, key) in _PATHS and value not in _NAMES:
                     value = _relative_to(path.parent, value)
                 _take(values, sources, f"{section}.{key}", value, str(path))
         elif section in RunFile.model_fields and settings is None:
@@ -149,6 +148,12 @@ def _take_file(
 
 
 _PATHS = {("data", "train"), ("data", "validation"), ("base", "model"), ("prompt", "recipe")}
+_NAMES = {
+    "auto",
+    "alpaca",
+    "chat",
+    "smollm2-135m",
+}  # mean what they say, whatever files of that name there are
 
 
 def _relative_to(folder: Path, value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasmith.data.cache import write_atomically
+from lorasmith.data.cache import write_to_cache
 from lorasmith.data.receipt import Receipt
 
 
@@ -47,7 +47,7 @@ def write_index(path: Path, index: RowIndex) -> None:
     columns = {column.name: getattr(index.table, column.name) for column in fields(RowTable)}
     # A receipt may quote rows with any character: ASCII JSON, as bytes.
     meta_bytes = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write_atomically(path, lambda file: np.savez(file, meta=meta_bytes, **columns))
+    write_to_cache(path, lambda file: np.savez(file, meta=meta_bytes, **columns))
 
 
 def read_index(path: Path) -> RowIndex | None:

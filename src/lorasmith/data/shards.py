@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasmith.data.cache import write_atomically
+from lorasmith.data.cache import write_to_cache
 from lorasmith.data.example import Example, Message
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.tokens import Encoder
@@ -74,15 +74,13 @@ def write_shard(
             lengths.append(len(ids))
             num_learnt.append(int(is_learnt.sum()))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    write_atomically(
-        _tokens_path(folder, key), lambda file: np.save(file, tokens.astype(np.int32, copy=False))
-    )
+    write_to_cache(_tokens_path(folder, key), lambda file: np.save(file, tokens.astype(np.int32, copy=False)))
     rows = {
         "lengths": np.array(lengths, np.int32),
         "num_learnt": np.array(num_learnt, np.int32),
         "refusals": np.array(refusals, np.str_),
     }
-    write_atomically(_rows_path(folder, key), lambda file: np.savez(file, **rows))
+    write_to_cache(_rows_path(folder, key), lambda file: np.savez(file, **rows))
 
 
 def read_shard_rows(folder: Path, key: str) -> ShardRows | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lorasmith.model.atomic import write_whole
+from lorasmith.files import write_whole
 from lorasmith.model.run_record import RunRecord, read_run_record
 
 

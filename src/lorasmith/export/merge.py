@@ -31,10 +31,9 @@ from lorasmith.export.proof import (
     spread,
 )
 from lorasmith.export.questions import held_out_questions
+from lorasmith.files import whole_folder
 from lorasmith.model.adapter import WEIGHTS, load_adapter, named_base, read_adapter_config, update_norm
-from lorasmith.model.atomic import whole_folder
 from lorasmith.model.base import (
-    BaseSettings,
     ResolvedBase,
     check_same_base,
     load_base,
@@ -45,6 +44,7 @@ from lorasmith.model.base import (
 )
 from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.run_record import RunRecord, library_versions, read_run_record
+from lorasmith.model.settings import BaseSettings
 
 Tell = Callable[[str], None]
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -22,7 +22,6 @@ from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import Answer, AnswerWriter, FinishReason, Piece
 from lorasmith.model.adapter import load_adapter, named_base, read_adapter_config
 from lorasmith.model.base import (
-    BaseSettings,
     ResolvedBase,
     check_same_base,
     load_base,
@@ -32,6 +31,7 @@ from lorasmith.model.base import (
 )
 from lorasmith.model.device import choose_device
 from lorasmith.model.run_record import read_run_record
+from lorasmith.model.settings import BaseSettings
 
 Question = str | Sequence[Message]
 

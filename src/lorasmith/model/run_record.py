@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorasmith.errors import RunError
-from lorasmith.model.atomic import write_whole
+from lorasmith.files import write_whole
 from lorasmith.model.base import BaseRef
 
 SCHEMA_VERSION = 1

@@ -22,8 +22,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import ResumeError
+from lorasmith.files import whole_folder, write_whole
 from lorasmith.model.adapter import read_adapter_weights, save_adapter
-from lorasmith.model.atomic import whole_folder, write_whole
 
 
 @dataclass(frozen=True, slots=True)

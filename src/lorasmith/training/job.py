@@ -31,12 +31,13 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import DataError, ResumeError, RunError
+from lorasmith.files import write_whole
 from lorasmith.model.adapter import save_adapter
-from lorasmith.model.atomic import write_whole
-from lorasmith.model.base import BaseSettings, load_base, load_tokenizer, resolve_base
+from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import choose_device
-from lorasmith.model.methods import LoraSettings, attach_adapter, count_trainable
+from lorasmith.model.methods import attach_adapter, count_trainable
 from lorasmith.model.run_record import RunRecord, read_run_record, write_run_record
+from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.loop import StepReport, train
 from lorasmith.training.reporters import MetricsFile, Trackers, draw_loss, read_metrics
@@ -97,7 +98,10 @@ def prepare_job(
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
     recipe, reason = choose_recipe(prompt, tokenizer)
     say(f"Prompt recipe: {recipe.name} ({reason})")
-    reading: Callable[[int, float], None] = lambda rows, share: progress("Reading and tokenising", share)
+
+    def reading(rows: int, share: float) -> None:
+        progress("Reading and tokenising", share)
+
     all_rows = prepare_dataset(data, recipe, tokenizer, progress=reading)
     kept, held_out = split_for_validation(len(all_rows), training)
     if not kept:

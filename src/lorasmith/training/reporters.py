@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import MissingExtraError
-from lorasmith.model.atomic import write_whole
+from lorasmith.files import write_whole
 from lorasmith.training.loop import StepReport
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasmith.model.atomic import recover_folder, whole_folder, write_whole
+from lorasmith.files import recover_folder, whole_folder, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
