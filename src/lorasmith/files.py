@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 
 def write_whole(path: Path, content: str | Callable[[IO[bytes]], None]) -> None:
     """Replace ``path`` with a text, or with what a function writes: a reader sees the old file or the new one."""
@@ -57,6 +59,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         recover_folder(folder)
         raise
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def is_locked(lock: Path) -> bool:
+    """Say whether another process holds ``lock`` at this moment."""
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def recover_folder(folder: Path) -> None:

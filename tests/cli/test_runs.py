@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from filelock import FileLock
 
 from lorasmith.cli.runs import command
 from lorasmith.model.base import BaseRef
-from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.run_record import LOCK, RunRecord, write_run_record
 
 
 def write_run(folder, created, result=None, base="owner/model"):
@@ -67,3 +68,10 @@ def test_no_runs_is_no_error_and_says_how_to_make_one(tmp_path, capsys, folder):
     assert "lorasmith demo" in capsys.readouterr().out
     command(tmp_path / folder, as_json=True)
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_run_that_is_being_trained_is_not_called_stopped(root, capsys):
+    with FileLock(root / "halted" / LOCK):
+        command(root, as_json=True)
+    states = {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out) if "name" in run}
+    assert states["halted"] == "training"

@@ -44,17 +44,19 @@ def command(
     data = examples / "handbook"
     train_file = data / "handbook_train.json"
 
-    _station(1, "Check the data", f"lorasmith check {train_file}")
-    from lorasmith.cli import check
-
-    check.command(str(train_file))
-
     from lorasmith.cli.run_file import load_run_file
     from lorasmith.cli.train import choose_run_dir, train_run
-    from lorasmith.evaluation.answers import read_evaluation_rows
 
     run_file = load_run_file(examples / "handbook.yaml", settings or ())
     run_dir = choose_run_dir(run_file)
+
+    _station(1, "Check the data", f"lorasmith check {train_file}")
+    from lorasmith.cli import check
+
+    check.command(str(train_file), model=run_file.base.model, max_seq_len=run_file.data.max_seq_len)
+
+    from lorasmith.evaluation.answers import read_evaluation_rows
+
     questions = {
         "training questions": read_evaluation_rows(train_file),
         "as colleagues type them": read_evaluation_rows(data / "handbook_eval_ordinary.json"),

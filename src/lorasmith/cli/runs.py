@@ -42,9 +42,14 @@ def command(
 
 
 def describe_run(folder: Path, record: "RunRecord") -> dict[str, Any]:
-    """Return one run as plain values; ``state`` is finished, stopped (a checkpoint waits) or started."""
+    """Return one run as plain values; ``state`` is finished, training, stopped (a checkpoint waits) or started."""
+    from lorasmith.files import is_locked
+    from lorasmith.model.run_record import LOCK
+
     if record.result is not None:
         state = "finished"
+    elif is_locked(folder / LOCK):
+        state = "training"
     else:
         checkpoints = folder / "checkpoints"
         state = "stopped" if checkpoints.is_dir() and any(checkpoints.iterdir()) else "started"
@@ -68,7 +73,13 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
     table.add_column("loss", justify="right")
     table.add_column("when")
     table.add_column("state")
-    colours = {"finished": "green", "stopped": "yellow", "started": "yellow", "broken": "red"}
+    colours = {
+        "finished": "green",
+        "training": "cyan",
+        "stopped": "yellow",
+        "started": "yellow",
+        "broken": "red",
+    }
     for run in runs:
         loss, count = run.get("final_loss"), run.get("num_examples")
         table.add_row(

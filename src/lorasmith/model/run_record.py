@@ -15,6 +15,7 @@ from lorasmith.files import write_whole
 from lorasmith.model.base import BaseRef
 
 SCHEMA_VERSION = 1
+LOCK = ".lock"  # in a run folder: held by the process that trains into it
 _RECORDED_LIBRARIES = ("lorasmith", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 

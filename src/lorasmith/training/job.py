@@ -36,7 +36,7 @@ from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import choose_device
 from lorasmith.model.methods import attach_adapter, count_trainable
-from lorasmith.model.run_record import RunRecord, read_run_record, write_run_record
+from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
 from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.loop import StepReport, train
@@ -249,7 +249,7 @@ def hold_run(run_dir: Path) -> Iterator[None]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
+        with FileLock(run_dir / LOCK, timeout=0):
             for leftover in [*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
