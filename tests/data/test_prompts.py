@@ -294,3 +294,12 @@ def test_stop_tokens_begin_with_the_end_token(chat, alpaca, tiny_tokenizer):
 def test_only_a_question_can_be_asked(chat):
     with pytest.raises(RecipeError, match="last message must be the user's"):
         chat.render_prompt([user("Hi"), assistant("Hello")])
+
+
+def test_the_spaces_before_an_answer_are_known_to_the_asking_side():
+    def lead(template):
+        return PromptRecipe("own", template, eos_token="</s>", special_tokens=("</s>",)).answer_lead()
+
+    assert lead("Q: {{ instruction }} A: ") == " "
+    assert lead("Q: {{ instruction }}\nA:\n") == ""
+    assert lead("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}") == " "

@@ -283,3 +283,11 @@ def test_what_cannot_be_opened(tmp_path):
         open_chat(tmp_path / "nothing-here")
     with pytest.raises(RunError):
         Chat.from_run(tmp_path)
+
+
+def test_a_mistyped_run_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "handbook").mkdir(parents=True)
+    (tmp_path / "runs" / "handbook" / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"no run handbok in runs. Did you mean runs/handbook\?"):
+        open_chat("runs/handbok")

@@ -9,13 +9,14 @@ from lorasmith.generation.stream import AnswerWriter, StopGuard, TextDecoder
 PAD, START, END = 0, 1, 2
 
 
-def new_writer(tokenizer, stop=(), max_tokens=100):
+def new_writer(tokenizer, stop=(), max_tokens=100, lead=""):
     return AnswerWriter(
         tokenizer,
         stop_token_ids={END},
         hidden_token_ids={PAD, START, END},
         stop=stop,
         max_tokens=max_tokens,
+        lead=lead,
     )
 
 
@@ -127,3 +128,13 @@ def test_any_ids_add_up_to_what_the_tokenizer_decodes(tiny_tokenizer, ids):
     decoder = TextDecoder(tiny_tokenizer)
     shown = "".join(decoder.push(token_id) for token_id in ids) + decoder.flush()
     assert shown.rstrip("\ufffd") == tiny_tokenizer.decode(ids).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"), [(" Paris is", "Paris is"), ("  Paris", " Paris"), ("Paris", "Paris")]
+)
+def test_the_space_that_the_template_writes_before_an_answer_is_not_shown(tiny_tokenizer, written, shown):
+    writer = new_writer(tiny_tokenizer, lead=" ")
+    pieces = [writer.write(i) for i in tiny_tokenizer(written, add_special_tokens=False).input_ids]
+    pieces.append(writer.write(tiny_tokenizer.eos_token_id))
+    assert writer.text == "".join(pieces) == shown

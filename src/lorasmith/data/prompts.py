@@ -177,6 +177,19 @@ class PromptRecipe:
             ends += reversed([self._first_special_token(text) for text in learnt])
         return tuple(dict.fromkeys([end for end in ends if end] + [self.eos_token]))
 
+    def answer_lead(self) -> str:
+        """Return the spaces that the template writes before an answer.
+
+        Tokenizers keep them with the answer's first word, so the model learns and writes them; a reader does not
+        want them.
+        """
+        talk = (Message("user", "q"), Message("assistant", "a"))
+        try:
+            segments = self.render(Example(talk, where="sample"))
+        except RecipeError:  # a template that needs more than a question and an answer
+            return ""
+        return next((s.text for s in segments if s.is_learnt and not s.is_content and s.text.isspace()), "")
+
     def stop_token_ids(self, tokenizer) -> tuple[int, ...]:
         """Return the ids at which an answer ends, the end token of the training text first.
 

@@ -3,6 +3,7 @@
 question or messages -> PromptRecipe.render_prompt -> token ids -> decode -> Piece, Piece, ... = Answer
 """
 
+import difflib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.data.tokens import encode
-from lorasmith.errors import AdapterError, OverlongError, RecipeError
+from lorasmith.errors import AdapterError, OverlongError, RecipeError, RunError
 from lorasmith.generation.decode import KeptTurn, NextToken, decode, decode_many
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
@@ -69,6 +70,7 @@ class Chat:
         self.notes = tuple(notes)
         self._next_token = NextToken(model)
         self._kept = KeptTurn([])
+        self._lead = recipe.answer_lead()
         self._stop_token_ids = frozenset(recipe.stop_token_ids(tokenizer)) | _end_tokens(model)
         added = tokenizer.added_tokens_decoder  # pyright: ignore[reportAttributeAccessIssue]
         special = {token_id for token_id, token in added.items() if token.special}
@@ -294,6 +296,7 @@ class Chat:
             hidden_token_ids=self._hidden_token_ids,
             stop=(*self.recipe.stop, *sampling.stop),
             max_tokens=min(sampling.max_tokens, room),
+            lead=self._lead,
         )
 
 
@@ -317,6 +320,14 @@ def open_chat(
         return Chat.from_run(run_dir, device=device, dtype=dtype, tell=tell, base=base)
     if (folder / "adapter_config.json").is_file():
         return Chat.from_adapter(folder, base=base, recipe=recipe, device=device, dtype=dtype, tell=tell)
+    # A Hub id has a slash too, but its first part is no folder of runs here.
+    runs_beside = (
+        [] if folder.exists() else sorted(file.parent.name for file in folder.parent.glob("*/run.json"))
+    )
+    if runs_beside:
+        near = difflib.get_close_matches(folder.name, runs_beside, n=1)
+        hint = f"Did you mean {folder.parent / near[0]}?" if near else f"There are: {', '.join(runs_beside)}."
+        raise RunError(f"There is no run {folder.name} in {folder.parent}. {hint}")
     return Chat.from_folder(source, recipe=recipe, device=device, dtype=dtype, tell=tell)
 
 

@@ -124,7 +124,10 @@ class AnswerWriter:
         hidden_token_ids: Collection[int],
         stop: Sequence[str],
         max_tokens: int,
+        lead: str = "",
     ) -> None:
+        """Begin an answer; ``lead`` is white space of the template that the model writes before its words."""
+        self._lead = lead
         self._decoder = TextDecoder(tokenizer)
         self._guard = StopGuard(stop)
         self._stop_token_ids = stop_token_ids
@@ -139,6 +142,8 @@ class AnswerWriter:
         assert self.finish_reason is None, "the answer is already finished"
         self.token_ids.append(token_id)
         text = self._settle(token_id)
+        if text:
+            text, self._lead = text.removeprefix(self._lead), ""
         self.text += text
         return text
 
