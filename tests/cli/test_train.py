@@ -1,8 +1,10 @@
 """``lorasmith train`` and ``init`` as a user meets them: text, exit codes, what is on disk."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -152,3 +154,38 @@ def test_errors_are_printed_without_a_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("Error: There is no run file no.yaml.")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder, rows, tmp_path, number):
+    words = train_words(tiny_base_folder, rows, "--name", "mine")
+    words = [word if word != "training.epochs=2" else "training.epochs=400" for word in words]
+    command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", *words]
+    metrics = tmp_path / "runs" / "mine" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    assert "Stopped and saved. Go on with: lorasmith train" in output
+    done = metrics.read_text().count("\n")
+    assert 5 <= done < 1200
+    resumed = subprocess.run(
+        [*command[:3], *words, "training.save_every=1000", "run.resume=auto"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Going on from step {done}" in resumed.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 1201))
