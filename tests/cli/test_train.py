@@ -116,7 +116,7 @@ def test_wrong_data_stops_before_the_first_step(lorasmith, tiny_base_folder, tmp
     file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output":\n')
     result = lorasmith(*train_words(tiny_base_folder, file))
     assert "bad.jsonl:2" in str(result.exception)
-    assert not list(tmp_path.glob("runs/*/run.json"))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_nothing_to_train_says_how(lorasmith):

@@ -172,3 +172,9 @@ def test_dropout_turns_sharing_off_by_name():
     forward = PackForward(adapted("llama", lora_dropout=0.1), EngineSettings())
     assert not forward.share_prefixes
     assert any("dropout 0.1" in note for note in forward.notes)
+
+
+def test_dropout_inside_attention_turns_sharing_off_too():
+    model = adapted("llama")
+    model.get_base_model().config.attention_dropout = 0.1
+    assert not PackForward(model, EngineSettings()).share_prefixes

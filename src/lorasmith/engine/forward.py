@@ -48,7 +48,8 @@ class PackForward:
         self.packed = settings.attention != "padded" and reason is None
         if not self.packed and reason:
             notes.append(f"padded rows instead of packs: {reason}")
-        dropout = max((m.p for m in base.modules() if isinstance(m, nn.Dropout)), default=0.0)
+        dropout = max(m.p for m in [nn.Dropout(0.0), *base.modules()] if isinstance(m, nn.Dropout))
+        dropout = max(dropout, getattr(config, "attention_dropout", None) or 0.0)
         self.share_prefixes = settings.share_prefixes and self.packed and dropout == 0.0
         if settings.share_prefixes and self.packed and dropout > 0.0:
             notes.append(

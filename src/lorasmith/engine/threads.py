@@ -6,14 +6,15 @@ from statistics import median
 
 import torch
 
-_ROUNDS = 5
+_ROUNDS = 12
+_CLEARLY_FASTER = 1.5  # a moment's load must not decide a whole run
 
 
 def choose_threads() -> tuple[int, str]:
     """Return the fastest thread count for a training step's products on this machine as it is now, and why.
 
     With every parallel region the threads wait for the last of them; one that another program has pushed off
-    its core holds up all. So all cores are measured against half of them and against one, in turns (0.1 s),
+    its core holds up all. So all cores are measured against half of them and against one, in turns (0.3 s),
     and fewer than all are taken only if they are clearly faster.
     """
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -35,6 +36,6 @@ def choose_threads() -> tuple[int, str]:
     torch.set_num_threads(before)
     medians = {count: median(times) for count, times in seconds.items()}
     best = min(counts, key=lambda count: medians[count])
-    if medians[most] <= 1.1 * medians[best]:
+    if medians[most] < _CLEARLY_FASTER * medians[best]:
         return most, "all cores"
     return best, f"{medians[most] / medians[best]:.1f}x faster than {most} on this machine, which is busy"

@@ -252,7 +252,11 @@ def hold_run(run_dir: Path) -> Iterator[None]:
         with FileLock(run_dir / LOCK, timeout=0):
             for leftover in [*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield
+            try:
+                yield
+            finally:
+                if [path.name for path in run_dir.iterdir()] == [LOCK]:  # nothing came of it
+                    shutil.rmtree(run_dir)
     except Timeout:
         raise RunError(
             f"{run_dir} is being trained by another process. Wait for it, or choose another name with run.name=NAME."
@@ -298,12 +302,15 @@ def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, sa
     return checkpoint
 
 
-# What may differ between the two halves of a run: nothing here changes a weight.
+# What may differ between the two halves of a run: nothing here changes more than the rounding of a weight.
 _HARMLESS = {
     ("training", "keep_checkpoints"),
     ("training", "save_every"),
     ("data", "cache_dir"),
     ("engine", "threads"),
+    ("engine", "gradient_checkpointing"),
+    ("training", "micro_batch_size"),
+    ("training", "micro_batch_tokens"),
 }
 
 
@@ -322,8 +329,7 @@ def _differences(old: RunRecord, new: RunRecord) -> list[str]:
             before = old.settings.get(section, {}).get(key)
             if before != value and (section, key) not in _HARMLESS and key not in ("train", "validation"):
                 found.append(f"{section}.{key}: {before} then, {value} now")
-    for key in ("dtype", "device"):
-        before, now = old.settings["base"].get(key), new.settings["base"].get(key)
-        if before != now:
-            found.append(f"base.{key}: {before} then, {now} now")
+    before, now = old.settings["base"].get("dtype"), new.settings["base"].get("dtype")
+    if before != now:
+        found.append(f"base.dtype: {before} then, {now} now")
     return found
