@@ -121,6 +121,32 @@ def test_settings_do_not_change_after_they_are_made():
         settings.training.epochs = 5
 
 
+def test_texts_on_the_command_line_stay_as_they_are():
+    words = [
+        "data.train=faq #1.json",
+        "run.name=42",
+        "prompt.system=Answer so: short",
+        "data.validation=null",
+    ]
+    settings = load_run_file(None, words, {})
+    assert settings.data.train == "faq #1.json"
+    assert settings.run.name == "42"
+    assert settings.prompt.system == "Answer so: short"
+    assert settings.data.validation is None
+
+
+def test_a_value_where_a_section_should_be(run_file):
+    assert "data is 'rows.json'; it is a section and holds settings, such as train" in faults(
+        run_file("data: rows.json\n")
+    )
+
+
+@pytest.mark.parametrize("name", ["2024", "on", "null", "1e5"])
+def test_a_name_that_yaml_would_take_for_something_else_is_quoted(name, run_file):
+    file = run_file(render_run_file({"data.train": "x.json", "run.name": name}))
+    assert load_run_file(file, (), {}).run.name == name
+
+
 def test_every_setting_is_described():
     assert all(setting_names().values())
 

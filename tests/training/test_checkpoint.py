@@ -66,17 +66,33 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop_after, dropout):
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    # The rate is so high that the validation loss is best in the middle.
-    run(tmp_path, settings=SETTINGS.model_copy(update={"evaluate_every": 1}))
+    # Random tokens cannot be generalised: the longer it trains, the worse the loss on others.
+    _, reports = run(tmp_path, settings=SETTINGS.model_copy(update={"evaluate_every": 1, "save_every": 5}))
+    validation = {report.step: report.validation_loss for report in reports}
+    best_step = min(validation, key=validation.__getitem__)
+    assert best_step < 15, "the best must not be among the last for this test to mean something"
     names = {folder.name for folder in (tmp_path / "checkpoints").glob("step-*")}
+    assert names == {f"step-{best_step:06d}", "step-000015", "step-000020"}
     best = best_checkpoint(tmp_path)
     assert best is not None
-    assert {"step-000018", "step-000020"} - names == set() or "step-000020" in names
-    assert len(names) <= 3
-    assert best.name in names
-    state = json.loads((best / "state.json").read_text())
-    newest = json.loads((tmp_path / "checkpoints" / "step-000020" / "state.json").read_text())
-    assert state["best_validation"] == newest["best_validation"]
+    assert best.name == f"step-{best_step:06d}"
+    assert json.loads((best / "state.json").read_text())["best_validation"] == validation[best_step]
+
+
+def test_going_back_from_a_damaged_checkpoint_keeps_the_new_ones(tmp_path):
+    settings = SETTINGS.model_copy(update={"keep_checkpoints": 1})
+    run(tmp_path, stop_after=7, settings=SETTINGS)  # leaves steps 6 and 7
+    (tmp_path / "checkpoints" / "step-000007" / "state.json").unlink()
+    run(tmp_path, resume=True, stop_after=2, settings=settings)
+    checkpoint, complaints = last_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.step, complaints) == (8, [])
+
+
+def test_another_cut_into_packs_is_no_reason_to_refuse(tmp_path):
+    run(tmp_path, stop_after=7)
+    _, reports = run(tmp_path, resume=True, settings=SETTINGS.model_copy(update={"micro_batch_size": 1}))
+    assert reports[0].step == 8
 
 
 def test_a_checkpoint_is_an_adapter_that_plain_peft_opens(tmp_path):

@@ -55,7 +55,7 @@ def command(
     ] = "auto",
     system: Annotated[str | None, typer.Option(help="System prompt for rows that have none.")] = None,
     learn: Annotated[LearntTurns, typer.Option(help="Assistant turns that are learnt.")] = "all",
-    max_seq_len: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 512,
+    max_seq_len: Annotated[int, typer.Option(min=8, help="Longest example, in tokens.")] = 512,
     overlong: Annotated[OverlongPolicy, typer.Option(help="What becomes of longer examples.")] = "error",
     on_bad_row: Annotated[BadRowPolicy, typer.Option(help="What becomes of wrong rows.")] = "error",
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",

@@ -1,6 +1,8 @@
 """``lorasmith demo``: the whole road on the handbook example, with what was measured at every station."""
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +100,11 @@ def command(
         soft_wrap=True,
     )
     console.print("\n[bold]What next[/]")
+    if shutil.which("lorasmith") is None:  # make demo runs it by its path
+        console.print(
+            f"  first, in this shell  source {escape(str(Path(sys.executable).parent / 'activate'))}",
+            soft_wrap=True,
+        )
     console.print(f"  talk with it          lorasmith chat --run {escape(str(run_dir))}", soft_wrap=True)
     console.print(
         f"  compare with the base lorasmith chat --run {escape(str(run_dir))} --compare", soft_wrap=True

@@ -1,14 +1,16 @@
 """``lorasmith init``: a run file in which every setting is explained, and data to start from."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.markup import escape
 
 from lorasmith.cli.console import console
-from lorasmith.cli.run_file import RunFile
+from lorasmith.cli.run_file import RunFile, make_run_name
 from lorasmith.errors import RunError
 
 # What a first run file sets; everything else stands in it as a comment with its default.
@@ -55,8 +57,8 @@ def command(
         if file.exists():
             raise RunError(f"{file} is there already. Name another folder: lorasmith init NEW-FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name).strip("-._")
-    run_file.write_text(render_run_file({**_CHOSEN, "run.name": name or "my-model"}), encoding="utf-8")
+    name = make_run_name(folder.resolve().name) or "my-model"
+    run_file.write_text(render_run_file({**_CHOSEN, "run.name": name}), encoding="utf-8")
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in _ROWS]
     data_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"Wrote {escape(str(run_file))} (every setting, explained)", soft_wrap=True)
@@ -80,7 +82,7 @@ def render_run_file(chosen: dict[str, Any]) -> str:
         lines += ["", f"{section}:"]
         for key, field in settings.model_fields.items():  # type: ignore[attr-defined]
             name = f"{section}.{key}"
-            lines += [f"  # {line}" for line in _wrap(field.description)]
+            lines += [f"  # {line}" for line in textwrap.wrap(field.description, 100)]
             value = chosen.get(name, None if field.is_required() else field.default)
             lines.append(f"  {'' if name in chosen else '# '}{key}: {_as_yaml(value)}")
     return "\n".join(lines) + "\n"
@@ -93,10 +95,6 @@ def _as_yaml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_as_yaml(item) for item in value) + "]"
+    if isinstance(value, str) and yaml.safe_load(value) != value:  # 2024 and on would not be texts
+        return json.dumps(value)
     return str(value)
-
-
-def _wrap(text: str, width: int = 100) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

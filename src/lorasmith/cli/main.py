@@ -89,11 +89,30 @@ def main() -> None:
     try:
         app(prog_name="lorasmith")
     except LorasmithError as error:
-        from rich.markup import escape
-
-        from lorasmith.cli.console import error_console
-
-        error_console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        _print_error(str(error))
         sys.exit(EXIT_WRONG_INPUT if isinstance(error, (SettingsError, DataError)) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (
+        OSError
+    ) as error:  # the disk is full, a folder may not be written to, a file stands where a folder should
+        _print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        sys.exit(EXIT_FAILED)
+    except RuntimeError as error:
+        if (
+            type(error).__name__ != "OutOfMemoryError"
+        ):  # torch's; importing torch to name it would take seconds
+            raise
+        _print_error(
+            "The device has too little memory for this. Use a smaller training.micro_batch_tokens, "
+            "engine.gradient_checkpointing=true, base.dtype=bfloat16, or a smaller base."
+        )
+        sys.exit(EXIT_FAILED)
+
+
+def _print_error(text: str) -> None:
+    from rich.markup import escape
+
+    from lorasmith.cli.console import error_console
+
+    error_console.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)

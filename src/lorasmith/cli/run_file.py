@@ -60,13 +60,13 @@ def load_run_file(
     for name, text in sorted((os.environ if environ is None else environ).items()):
         section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
         if name.startswith(ENVIRONMENT_PREFIX) and separator:
-            _take(values, sources, f"{section}.{key}", _parse(text), name)
+            _take(values, sources, f"{section}.{key}", _parse(f"{section}.{key}", text), name)
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or name.count(".") != 1:
             faults.append(f'"{override}" is not of the form section.key=value, for example training.epochs=3')
         else:
-            _take(values, sources, name, _parse(text), "command line")
+            _take(values, sources, name, _parse(name, text), "command line")
     try:
         run_file = RunFile.model_validate(values)
     except ValidationError as error:
@@ -99,13 +99,22 @@ def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob"
 def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":
     """Train into ``run_dir``, or go on with it, and yield a report after each step.
 
+    run.sample_questions are for the screen and not asked here: ask a ``Chat`` between two steps, or afterwards.
+
     Raises:
         LorasmithError: anything that a user can mend is wrong; its text says how.
     """
+    from lorasmith.export.card import write_card
     from lorasmith.training.job import hold_run, run_job
 
     with hold_run(Path(run_dir)):
         yield from run_job(prepare(run_file, Path(run_dir)))
+        write_card(Path(run_dir))
+
+
+def make_run_name(text: str) -> str:
+    """Return ``text`` as a run may be called: letters of English, digits, and . _ - inside; may be empty."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
 
 
 def setting_names() -> dict[str, str]:
@@ -143,6 +152,11 @@ def _take_file(
                 _take(values, sources, f"{section}.{key}", value, str(path))
         elif section in RunFile.model_fields and settings is None:
             continue  # a section whose settings are all commented out
+        elif section in RunFile.model_fields:
+            first = next(name.partition(".")[2] for name in setting_names() if name.startswith(f"{section}."))
+            faults.append(
+                f"{path}: {section} is {settings!r}; it is a section and holds settings, such as {first}"
+            )
         else:
             faults.append(f"{path}: {_describe_unknown(str(section), is_section=True)}")
 
@@ -171,8 +185,13 @@ def _take(
     sources[name] = source
 
 
-def _parse(text: str) -> Any:
-    """Read one value as YAML would: 3 is a number, true a truth value, [a, b] a list."""
+def _parse(name: str, text: str) -> Any:
+    """Read one value as YAML would: 3 is a number, true a truth value, [a, b] a list; a text stays as it is."""
+    section, _, key = name.partition(".")
+    holder = RunFile.model_fields[section].annotation if section in RunFile.model_fields else None
+    field = holder.model_fields.get(key) if holder else None  # type: ignore[attr-defined]
+    if field is not None and field.annotation in (str, str | None):
+        return None if text == "null" and field.annotation is not str else text
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError:

@@ -1,5 +1,6 @@
 """``lorasmith train``: a run file (or a model and data) becomes a run folder with an adapter."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from lorasmith.cli.console import console
-from lorasmith.cli.run_file import RunFile, load_run_file, prepare, setting_names
+from lorasmith.cli.run_file import RunFile, load_run_file, make_run_name, prepare, setting_names
+from lorasmith.data.settings import BadRowPolicy, OverlongPolicy
 from lorasmith.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -39,6 +41,18 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Data file, folder or Hub data set id; the same as data.train=.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file; prompt.recipe=.")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Longest example, in tokens; data.max_seq_len=.")
+    ] = None,
+    overlong: Annotated[
+        OverlongPolicy | None, typer.Option(help="What becomes of longer examples; data.overlong=.")
+    ] = None,
+    on_bad_row: Annotated[
+        BadRowPolicy | None, typer.Option(help="What becomes of wrong rows; data.on_bad_row=.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder; the same as run.name=.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a stopped run; refuse to start a new one.")
@@ -56,7 +70,15 @@ def command(
         return
     words = list(arguments or ())
     path = words.pop(0) if words and "=" not in words[0] else None
-    flags = {"base.model": model, "data.train": data, "run.name": name}
+    flags = {
+        "base.model": model,
+        "data.train": data,
+        "data.on_bad_row": on_bad_row,
+        "data.overlong": overlong,
+        "data.max_seq_len": max_seq_len,
+        "prompt.recipe": recipe,
+        "run.name": name,
+    }
     words += [f"{key}={value}" for key, value in flags.items() if value is not None]
     if path is None and not words:
         raise SettingsError(
@@ -66,8 +88,8 @@ def command(
     run_dir = choose_run_dir(run_file, resume=resume)
     stopped = not train_run(run_file, run_dir)
     if stopped:
-        again = f"lorasmith train {path or ''} {' '.join(words)}".replace("  ", " ").strip()
-        if name is None and run_file.run.name is None:
+        again = shlex.join(["lorasmith", "train", *([path] if path else []), *words])
+        if run_file.run.name is None:
             again += f" --name {run_dir.name}"
         console.print(f"Stopped and saved. Go on with: [bold]{escape(again)}[/]", soft_wrap=True)
         sys.exit(EXIT_STOPPED)
@@ -83,23 +105,21 @@ def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
         return run_dir
     if resume:
         raise SettingsError("--resume needs the name of the run: --name NAME, or run.name in the run file.")
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(run_file.data.train).stem).strip(
-        "-._"
-    )
-    return root / f"{stem or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = make_run_name(Path(run_file.data.train).stem) or "run"
+    return root / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def train_run(run_file: RunFile, run_dir: Path) -> bool:
     """Train into ``run_dir`` with everything shown on screen; return False if it was stopped before its end."""
     console.print(f"Run folder: [bold]{escape(str(run_dir))}[/]", soft_wrap=True)
-    if (run_dir / "run.json").is_file() and _is_finished(run_dir, run_file):
+    if _is_finished(run_dir, run_file):
         return True
     from lorasmith.model.memory import keep_freed_memory
 
     keep_freed_memory()
     from lorasmith.training.job import hold_run, run_job
 
-    with hold_run(run_dir), _stop_on_signals() as should_stop:
+    with hold_run(run_dir):
         with _reading_progress() as progress:
             job = prepare(
                 run_file,
@@ -109,7 +129,7 @@ def train_run(run_file: RunFile, run_dir: Path) -> bool:
             )
         _print_plan(job)
         report = None
-        with _training_progress() as show:
+        with _stop_on_signals() as should_stop, _training_progress() as show:
             for report in run_job(job, should_stop):
                 show(report)
                 _ask_samples(job, report)
@@ -120,12 +140,14 @@ def train_run(run_file: RunFile, run_dir: Path) -> bool:
 
 
 def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
-    from lorasmith.training.job import is_finished
-
-    if not is_finished(run_dir):
+    if not (run_dir / "run.json").is_file():
         return False
     if run_file.run.resume == "never":
         raise RunError(f"{run_dir} is there already. Choose another run.name, or remove the folder.")
+    from lorasmith.training.job import is_finished
+
+    if not is_finished(run_dir, run_file.model_dump(mode="json"), run_file.data):
+        return False
     console.print(
         "This run is finished already; nothing was trained. To train again, choose another name "
         "([bold]run.name=NAME[/]) or remove the folder."
@@ -144,6 +166,12 @@ def _print_plan(job: "TrainingJob") -> None:
         f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "
         f"[bold]{gain.shared:,}[/] with shared prefixes."
     )
+    warmup = job.training.num_warmup_steps(job.num_steps)
+    if warmup >= job.num_steps:
+        console.print(
+            f"[yellow]Warning:[/] the warm-up takes {warmup:,} steps and the run has {job.num_steps:,}: the learning "
+            "rate never gets to its height. Lower training.warmup_steps, or train on more data."
+        )
 
 
 @contextmanager

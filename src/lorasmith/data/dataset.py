@@ -144,7 +144,7 @@ def raise_faults(receipt: Receipt, data: DataSettings) -> None:
     ways_out = []
     if len(receipt.failed) > is_overlong:
         ways_out.append(
-            "Fix the rows, or pass --on-bad-row skip (data.on_bad_row) to leave them out, counted."
+            "Fix the rows, or pass --on-bad-row skip (data.on_bad_row=skip) to leave them out, counted."
         )
     if is_overlong:
         ways_out.append(

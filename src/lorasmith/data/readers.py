@@ -105,6 +105,13 @@ def read_json(path: Path, name: str, position: Position) -> Iterator[Item]:
         window = _Window(file, position)
         first = window.peek()
         if first == "{":
+            if not _is_whole(path):
+                yield RowFault(
+                    "not a list of rows",
+                    f"{name}:{window.line}",
+                    "the file is one object; rows stand in a list: [{...}, {...}], or one on each line (.jsonl)",
+                )
+                return
             position.done = 0
             yield from read_jsonl(path, name, position)
             return
@@ -116,6 +123,17 @@ def read_json(path: Path, name: str, position: Position) -> Iterator[Item]:
             return
         window.advance(1)
         yield from _read_list(window, name)
+
+
+def _is_whole(path: Path) -> bool:
+    """Say whether the first line that is not blank is an object by itself."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    try:
+        json.loads(first.decode("utf-8-sig", errors="replace"))
+    except ValueError:
+        return False
+    return True
 
 
 def _read_list(window: "_Window", name: str) -> Iterator[Item]:

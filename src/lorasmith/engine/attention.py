@@ -126,7 +126,7 @@ def packed_attention(
     if kwargs.get("s_aux") is not None:
         raise TrainingError(f"{type(module).__name__} uses attention sinks, which packs do not have yet.")
     heads, size = query.shape[1], query.shape[3]
-    key_heads = key.shape[1]
+    key_heads, value_size = key.shape[1], value.shape[3]  # some models have values of another size than keys
     shared = heads // key_heads  # query heads that read one key head
     query_rows = query[0].transpose(0, 1)  # [T, H, K]
     key_rows = key[0].transpose(0, 1)
@@ -139,7 +139,7 @@ def packed_attention(
         keys = bucket.key_index.shape[1]
         q = query_rows.index_select(0, bucket.query_index.flatten()).view(n, queries, key_heads, shared, size)
         k = key_rows.index_select(0, bucket.key_index.flatten()).view(n, keys, key_heads, size)
-        v = value_rows.index_select(0, bucket.key_index.flatten()).view(n, keys, key_heads, size)
+        v = value_rows.index_select(0, bucket.key_index.flatten()).view(n, keys, key_heads, value_size)
         q = q.permute(0, 2, 3, 1, 4).reshape(n, key_heads, shared * queries, size)
         scores = (q @ k.permute(0, 2, 3, 1)) * scaling  # [n, G, shared * Q, S]
         if softcap is not None:
@@ -149,8 +149,8 @@ def packed_attention(
         if dropout > 0.0:
             shares = torch.nn.functional.dropout(shares, dropout, training=module.training)
         out = shares.view(n, key_heads, shared * queries, keys) @ v.permute(0, 2, 1, 3)
-        out = out.view(n, key_heads, shared, queries, size).permute(0, 3, 1, 2, 4)
-        outputs.append(out.reshape(n * queries, heads, size))
+        out = out.view(n, key_heads, shared, queries, value_size).permute(0, 3, 1, 2, 4)
+        outputs.append(out.reshape(n * queries, heads, value_size))
     gathered = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return gathered.index_select(0, pack_layout.output_index)[None], None
 

@@ -1,6 +1,6 @@
 """Which fast parts a run uses; section ``engine`` of a run file."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,9 +25,9 @@ class EngineSettings(BaseModel):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, a third more time",
+        description="recompute activations in the backward pass: less memory, more time",
     )
-    threads: int | Literal["auto"] = Field(
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="CPU threads; auto: all cores, or fewer if a short measurement finds them faster",
     )

@@ -178,6 +178,7 @@ class _Fold:
 
     def run(self, config: dict[str, Any]) -> None:
         waiting = set(self._updates)
+        head_is_tied = not any("lm_head.weight" in _names(file) for file in weight_files(self._base.folder))
         dtypes = set()
         for file in weight_files(self._base.folder):
             with safe_open(file, framework="pt") as tensors:
@@ -185,7 +186,7 @@ class _Fold:
                     weight = tensors.get_tensor(name)
                     merged = self._merged(name, weight)
                     waiting.discard(name)
-                    if "lm_head.weight" in waiting and name.endswith("embed_tokens.weight"):
+                    if head_is_tied and "lm_head.weight" in waiting and name.endswith("embed_tokens.weight"):
                         # The head was the embedding under another name; with an update it is its own matrix.
                         self._add("lm_head.weight", self._merged("lm_head.weight", weight))
                         config["tie_word_embeddings"] = False
@@ -290,3 +291,8 @@ def copy_remote_code(base: ResolvedBase, out: Path) -> None:
     """Copy the model's own Python files, without which its config.json cannot be loaded."""
     for file in base.folder.glob("*.py"):
         shutil.copyfile(file, out / file.name)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

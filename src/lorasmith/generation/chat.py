@@ -84,10 +84,12 @@ class Chat:
         device: str = "auto",
         dtype: str = "auto",
         tell: Tell = say_nothing,
-        adapter: bool = True,
+        adapter: bool | Path = True,
         base: str | None = None,
     ) -> "Chat":
         """Open a finished run; ``adapter=False`` asks its untuned base with the same recipe.
+
+        ``adapter`` may name another adapter of the run: that of a checkpoint.
 
         ``base`` is where the base model lies now, if it was moved since the run.
 
@@ -102,10 +104,13 @@ class Chat:
         else:
             found = resolve_base(BaseSettings(model=base), tell=tell)
             check_same_base(record.base, found)
-        model = load_base(found, choose_device(device, dtype))
-        tuned = load_adapter(model, run_dir / "adapter") if adapter else model
-        name = str(run_dir) if adapter else f"{record.base.id} (untuned)"
-        return cls(tuned, load_tokenizer(found), recipe, name=name)
+        trusted = bool(record.settings.get("base", {}).get("trust_remote_code"))
+        model = load_base(found, choose_device(device, dtype), trust_remote_code=trusted)
+        tokenizer = load_tokenizer(found, trust_remote_code=trusted)
+        if not adapter:
+            return cls(model, tokenizer, recipe, name=f"{record.base.id} (untuned)")
+        folder = adapter if isinstance(adapter, Path) else run_dir / "adapter"
+        return cls(load_adapter(model, folder), tokenizer, recipe, name=str(run_dir))
 
     @classmethod
     def from_adapter(
@@ -315,9 +320,13 @@ def open_chat(
     run's or an adapter's base model lies, ``recipe`` is for folders without run.json and lorasmith.json.
     """
     folder = Path(source)
-    run_dir = folder.parent if folder.name == "adapter" else folder
-    if (run_dir / "run.json").is_file():
-        return Chat.from_run(run_dir, device=device, dtype=dtype, tell=tell, base=base)
+    if (folder / "run.json").is_file():
+        return Chat.from_run(folder, device=device, dtype=dtype, tell=tell, base=base)
+    for run_dir in list(folder.resolve().parents)[
+        :3
+    ]:  # runs/x/adapter, runs/x/checkpoints/step-000100/adapter
+        if (folder / "adapter_config.json").is_file() and (run_dir / "run.json").is_file():
+            return Chat.from_run(run_dir, adapter=folder, device=device, dtype=dtype, tell=tell, base=base)
     if (folder / "adapter_config.json").is_file():
         return Chat.from_adapter(folder, base=base, recipe=recipe, device=device, dtype=dtype, tell=tell)
     # A Hub id has a slash too, but its first part is no folder of runs here.

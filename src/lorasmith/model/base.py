@@ -78,6 +78,11 @@ def resolve_base(settings: BaseSettings, *, tell: Callable[[str], None] = _say_n
         BaseModelError: it cannot be found, is not complete, or its weights are not safetensors.
     """
     model, revision = settings.model, settings.revision
+    if revision is not None and (model == BUILT_IN or Path(model).expanduser().exists()):
+        raise BaseModelError(
+            f"base.revision is {revision}, and base.model {model} lies on this machine: a revision is for Hub ids. "
+            "Leave base.revision out."
+        )
     if model == BUILT_IN:
         if file := find_built_in():
             return _resolve_gguf(BUILT_IN, file, tell)

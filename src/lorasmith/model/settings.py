@@ -53,7 +53,7 @@ class LoraSettings(BaseModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the adapter's inputs dropped in training; above 0 costs about 25% of speed.",
+        description="Share of the adapter's inputs dropped in training; above 0, prefixes cannot be shared.",
     )
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",

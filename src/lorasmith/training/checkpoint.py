@@ -68,10 +68,25 @@ def save_checkpoint(
     if is_best:
         write_whole(root / "best", folder.name + "\n")
     best = best_checkpoint(run_dir)
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    for old in _by_step(run_dir)[:-keep]:
         if old != best:
             shutil.rmtree(old)
     return folder
+
+
+def remove_checkpoints_after(run_dir: Path, step: int) -> None:
+    """Remove what a run that goes on from ``step`` will write anew; only damaged ones can be there."""
+    for folder in _by_step(run_dir):
+        if _step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
+def _by_step(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step-*"), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -86,7 +101,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint whose files are whole, and what is wrong with newer ones, in words."""
     complaints: list[str] = []
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(_by_step(run_dir)):
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             broken = [name for name, digest in state["sha256"].items() if _sha256(folder / name) != digest]
@@ -116,6 +131,8 @@ def load_checkpoint(
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
         missing = [key for key, value in moments.items() if value is None]
+        if len(missing) == len(moments) and scaler.is_enabled():
+            continue  # float16 has left out every step so far
         if missing or moments["exp_avg"].shape != parameter.shape:  # type: ignore[union-attr]
             raise ResumeError(
                 f"{checkpoint.folder} has no optimizer state for {name} of shape {tuple(parameter.shape)}: it was "

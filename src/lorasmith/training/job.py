@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,25 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
+from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
+from lorasmith.data.sources import open_source
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
-from lorasmith.errors import DataError, ResumeError, RunError
+from lorasmith.errors import DataError, ResumeError, RunError, SettingsError
 from lorasmith.files import write_whole
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
-from lorasmith.model.device import choose_device
+from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.methods import attach_adapter, count_trainable
 from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
 from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.loop import StepReport, train
-from lorasmith.training.reporters import MetricsFile, Trackers, draw_loss, read_metrics
+from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
@@ -93,11 +95,30 @@ def prepare_job(
     Raises:
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
     """
-    settings = {**settings, "engine": {**settings["engine"], "threads": _set_threads(run_dir, engine, say)}}
+    check_trackers(output.trackers)
+    if data.validation is not None and training.validation_share > 0:
+        raise SettingsError(
+            f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
+            "are set. Use one: the file, or a share of the training data."
+        )
+    threads = _set_threads(run_dir, engine, say)
+    choice = _choose_device(run_dir, base)
+    # What "auto" meant is recorded: a run that goes on later must not measure again and get something else.
+    found = {"dtype": str(choice.dtype).removeprefix("torch."), "device": choice.device.type}
+    settings = {
+        **settings,
+        "base": {**settings["base"], **found},
+        "engine": {**settings["engine"], "threads": threads},
+    }
     resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
     recipe, reason = choose_recipe(prompt, tokenizer)
     say(f"Prompt recipe: {recipe.name} ({reason})")
+
+    for question in output.sample_questions:
+        if not question.strip():
+            raise SettingsError("run.sample_questions holds an empty question.")
+        recipe.render_prompt((Message("user", question),))
 
     def reading(rows: int, share: float) -> None:
         progress("Reading and tokenising", share)
@@ -130,8 +151,7 @@ def prepare_job(
     )
     resume_from = _what_to_resume(run_dir, record, output, say)
 
-    choice = choose_device(base.device, base.dtype)
-    say(f"Number format: {str(choice.dtype).removeprefix('torch.')} ({choice.reason})")
+    say(f"Number format: {found['dtype']} ({choice.reason})")
     model = load_base(resolved, choice, trust_remote_code=base.trust_remote_code)
     config = model.config.get_text_config()
     model = attach_adapter(model, method, seed=training.seed)
@@ -202,9 +222,9 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
             run_dir=job.run_dir,
             validation=job.validation,
             resume_from=job.resume_from,
+            record=metrics.write,
             should_stop=should_stop,
         ):
-            metrics.write(report)
             trackers.log(report)
             yield report
     finally:
@@ -233,9 +253,24 @@ def _finish(job: TrainingJob, seconds: float) -> None:
     write_run_record(job.run_dir, job.record.model_copy(update={"result": result}))
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Return whether ``run_dir`` holds a run that was trained to its end."""
-    return (run_dir / "run.json").is_file() and read_run_record(run_dir).result is not None
+def is_finished(run_dir: Path, settings: dict[str, Any], data: DataSettings) -> bool:
+    """Return whether ``run_dir`` holds this very run, trained to its end.
+
+    Raises:
+        RunError: it holds a finished run of other settings or data.
+    """
+    if not (run_dir / "run.json").is_file() or (record := read_run_record(run_dir)).result is None:
+        return False
+    differences = _setting_differences(record.settings, settings)
+    if open_source(data.train, split=data.split).fingerprint() != record.data["fingerprint"]:
+        differences.append(f"data: {data.train} has changed since")
+    if differences:
+        raise RunError(
+            f"{run_dir} is a finished run with other settings:\n"
+            + "\n".join(f"  - {line}" for line in differences)
+            + "\nGive the new run a name of its own: run.name=NAME (or remove the folder)."
+        )
+    return True
 
 
 @contextmanager
@@ -276,6 +311,14 @@ def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
     return threads
 
 
+def _choose_device(run_dir: Path, base: BaseSettings) -> DeviceChoice:
+    """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
+    if base.dtype == "auto" and (run_dir / "run.json").is_file():
+        recorded = read_run_record(run_dir).settings["base"]["dtype"]
+        return replace(choose_device(base.device, recorded), reason="as at the run's start")
+    return choose_device(base.device, base.dtype)
+
+
 def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, say: Say) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None for a new run; refuse a run that was started otherwise."""
     if not (run_dir / "run.json").is_file():
@@ -298,7 +341,10 @@ def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, sa
     if checkpoint is None:
         say("The run has no checkpoint yet: it starts from the beginning")
     else:
-        say(f"Going on from step {checkpoint.step} ({checkpoint.folder})")
+        say(
+            f"Going on from step {checkpoint.step} ({checkpoint.folder}); its loss of {checkpoint.probe_loss:.4f} on "
+            "an example of that step is computed again and must be the same"
+        )
     return checkpoint
 
 
@@ -306,7 +352,11 @@ def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, sa
 _HARMLESS = {
     ("training", "keep_checkpoints"),
     ("training", "save_every"),
+    ("base", "device"),
+    ("base", "model"),  # what it holds is compared, by its fingerprint
     ("data", "cache_dir"),
+    ("data", "train"),  # likewise
+    ("data", "validation"),
     ("engine", "threads"),
     ("engine", "gradient_checkpointing"),
     ("training", "micro_batch_size"),
@@ -322,14 +372,18 @@ def _differences(old: RunRecord, new: RunRecord) -> list[str]:
         found.append(f"data: {old.data['source']} has changed since")
     if old.recipe["fingerprint"] != new.recipe["fingerprint"]:
         found.append("prompt: it renders another text than then")
-    for section, values in new.settings.items():
-        if section in ("run", "base", "prompt"):
-            continue  # run says where, not what; the other two are compared above by what they lead to
+    return found + _setting_differences(old.settings, new.settings)
+
+
+def _setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the settings that differ and matter, in words. "auto" now agrees with whatever it was found to be."""
+    harmless = _HARMLESS
+    if new["method"].get("lora_dropout"):  # another cut into packs draws other masks
+        harmless = harmless - {("training", "micro_batch_size"), ("training", "micro_batch_tokens")}
+    found = []
+    for section, values in new.items():
         for key, value in values.items():
-            before = old.settings.get(section, {}).get(key)
-            if before != value and (section, key) not in _HARMLESS and key not in ("train", "validation"):
+            before = old.get(section, {}).get(key)
+            if before != value and value != "auto" and (section, key) not in harmless and section != "run":
                 found.append(f"{section}.{key}: {before} then, {value} now")
-    before, now = old.settings["base"].get("dtype"), new.settings["base"].get("dtype")
-    if before != now:
-        found.append(f"base.dtype: {before} then, {now} now")
     return found

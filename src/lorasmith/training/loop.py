@@ -13,20 +13,26 @@ The mean is over the learnt tokens of the step, so its cut into packs changes no
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
+from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.errors import NonFiniteLossError, ResumeError
 from lorasmith.packing.trie import Pack, pack_examples
-from lorasmith.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorasmith.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from lorasmith.training.schedule import examples_of_step, learning_rate_at
 from lorasmith.training.settings import TrainingSettings
 
+_MOST_OVERFLOWS = 20  # steps in a row that float16 may leave out while its loss scale comes down
 _PROBE_TOLERANCE = (
     1e-3  # relative: another machine or thread count rounds differently, other weights differ more
 )
@@ -63,11 +69,14 @@ def train(
     run_dir: Path,
     validation: Sequence[TokenizedExample] | None = None,
     resume_from: Checkpoint | None = None,
+    record: Callable[[StepReport], None] = lambda report: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Train ``model`` on ``dataset`` and yield a report after each step; checkpoints go to ``run_dir``.
 
-    When ``should_stop()`` is true after a step, that step is saved and the loop ends early.
+    ``record`` gets each step's report before its checkpoint is written, so that no crash can leave a checkpoint
+    of a step that nobody noted. When ``should_stop()`` is true after a step, that step is saved and the loop
+    ends early.
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite. The last checkpoint is kept.
@@ -87,9 +96,10 @@ def train(
     if resume_from is not None:
         load_checkpoint(resume_from, model, optimizer, scaler)
         first_step, best = resume_from.step, resume_from.best_validation
-        _check_probe(
-            model, forward, _packs_of_step(dataset, first_step - 1, settings, forward)[0], resume_from
-        )
+        remove_checkpoints_after(run_dir, first_step)
+        probe = examples_of_step(first_step - 1, len(dataset), settings)[0]
+        _check_probe(_probe_loss(model, forward, dataset, probe), resume_from)
+    overflows = 0
 
     for step in range(first_step, num_steps):
         started = time.perf_counter()
@@ -106,7 +116,9 @@ def train(
             loss += mean.item()
         scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or is_float16)):
+        overflows = 0 if math.isfinite(grad_norm) else overflows + 1
+        allowed = _MOST_OVERFLOWS if is_float16 else 0
+        if not math.isfinite(loss) or overflows > allowed:
             raise NonFiniteLossError(
                 _name_bad_rows(model, forward, dataset, packs, step + 1, loss, grad_norm)
             )
@@ -126,20 +138,7 @@ def train(
             validation_loss = mean_loss(model, validation, settings, forward, name="validation")
             is_best = best is None or validation_loss < best
             best = validation_loss if is_best else best
-        checkpoint = None
-        if done % save_every == 0 or last or stopping or is_best:
-            checkpoint = save_checkpoint(
-                run_dir,
-                model,
-                optimizer,
-                scaler,
-                step=done,
-                probe_loss=_probe_loss(model, forward, packs[0]),
-                best_validation=best,
-                is_best=is_best,
-                keep=settings.keep_checkpoints,
-            )
-        yield StepReport(
+        report = StepReport(
             step=done,
             num_steps=num_steps,
             epoch=done / per_epoch,
@@ -150,8 +149,23 @@ def train(
             num_learnt_tokens=num_learnt,
             seconds=seconds,
             validation_loss=validation_loss,
-            checkpoint=checkpoint,
         )
+        record(report)
+        if done % save_every == 0 or last or stopping or is_best:
+            probe = examples_of_step(step, len(dataset), settings)[0]
+            folder = save_checkpoint(
+                run_dir,
+                model,
+                optimizer,
+                scaler,
+                step=done,
+                probe_loss=_probe_loss(model, forward, dataset, probe),
+                best_validation=best,
+                is_best=is_best,
+                keep=settings.keep_checkpoints,
+            )
+            report = replace(report, checkpoint=folder)
+        yield report
         if stopping:
             return
 
@@ -198,19 +212,23 @@ def _pack(
 
 
 @torch.no_grad()
-def _probe_loss(model: PeftModel, forward: PackForward, pack: Pack) -> float:
-    """Return the mean loss of one pack with the weights as they are: what a resumed run must get again."""
+def _probe_loss(
+    model: PeftModel, forward: PackForward, dataset: Sequence[TokenizedExample], example: int
+) -> float:
+    """Return the mean loss of one example with the weights as they are: what a resumed run must get again."""
     model.eval()
+    (pack,) = pack_examples(
+        dataset, [example], max_tokens=len(dataset[example].input_ids), share_prefixes=forward.share_prefixes
+    )
     return forward.summed_loss(pack, "train").item() / pack.num_learnt
 
 
-def _check_probe(model: PeftModel, forward: PackForward, pack: Pack, checkpoint: Checkpoint) -> None:
-    found = _probe_loss(model, forward, pack)
+def _check_probe(found: float, checkpoint: Checkpoint) -> None:
     if not math.isclose(found, checkpoint.probe_loss, rel_tol=_PROBE_TOLERANCE):
         raise ResumeError(
-            f"{checkpoint.folder} was saved with a loss of {checkpoint.probe_loss:.6f} on its last examples; the "
-            f"same examples now give {found:.6f}. The base, the data or the code has changed since. Go back to "
-            "what the run was started with, or start a new run.name."
+            f"{checkpoint.folder} was saved with a loss of {checkpoint.probe_loss:.6f} on an example of its last "
+            f"step; the same example now gives {found:.6f}. The base, the data or the code has changed since. "
+            "Go back to what the run was started with, or start a new run.name."
         )
 
 
@@ -240,8 +258,3 @@ def _name_bad_rows(
         f"The {what} at step {step}; {which}: {named}. The checkpoint before it is kept. "
         "Look at these rows, lower training.learning_rate, or set base.dtype=float32."
     )
-
-
-def count_learnt_tokens(dataset: Sequence[TokenizedExample]) -> int:
-    """Return the tokens of ``dataset`` that are learnt."""
-    return sum(int((example.labels != IGNORE_INDEX).sum()) for example in dataset)

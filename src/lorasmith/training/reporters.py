@@ -93,31 +93,36 @@ def _running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return means
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise MissingExtraError for a tracker whose package is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in available:
+            raise MissingExtraError(f"run.trackers={name}", name, name)
+
+
 class Trackers:
     """TensorBoard, trackio, wandb and MLflow, through accelerate's tracker classes."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, settings: dict[str, Any]) -> None:
-        """Start every tracker of ``names`` and give it the run's settings.
-
-        Raises:
-            MissingExtraError: a tracker's package is not installed.
-        """
+        """Start every tracker of ``names`` and give it the run's settings; see :func:`check_trackers`."""
         self._trackers: list[Any] = []
         if not names:
             return
         from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # the tracker classes ask it whether this is the main process
-        available = {str(name) for name in get_available_trackers()}
         flat = {
             f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
             for section, values in settings.items()
             for key, value in values.items()
         }
         for name in names:
-            if name not in available:
-                raise MissingExtraError(f"run.trackers={name}", name, name)
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
             if tracker_class.requires_logging_directory:
                 tracker = tracker_class(run_dir.name, logging_dir=str(run_dir / "trackers"))

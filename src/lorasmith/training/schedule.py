@@ -53,7 +53,7 @@ def examples_of_step(step: int, num_examples: int, settings: TrainingSettings) -
 
 def split_for_validation(num_examples: int, settings: TrainingSettings) -> tuple[list[int], list[int]]:
     """Return the indices to train on and the held-out ones, both in the data's order; seeded."""
-    num_held_out = round(settings.validation_share * num_examples)
+    num_held_out = max(1, round(settings.validation_share * num_examples)) if settings.validation_share else 0
     order = np.random.default_rng([settings.seed, 0x5EED]).permutation(num_examples)
     held_out = set(order[:num_held_out].tolist())
     return [i for i in range(num_examples) if i not in held_out], sorted(held_out)

@@ -43,7 +43,10 @@ class TrainingSettings(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of the adapter")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(
-        default=0, ge=0, description="decides the adapter's start, the order of examples, and dropout"
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="decides the adapter's start, the order of examples, and dropout",
     )
     validation_share: float = Field(
         default=0.0,
