@@ -49,6 +49,9 @@ def test_counts():
     )
     assert (report.right, report.verbatim, report.stopped) == (Count(2, 3), Count(1, 3), Count(2, 3))
     assert str(report.right) == "2 of 3 (67%)"
+    assert str(Count(199, 200)) == "199 of 200 (99%)"
+    assert str(Count(1, 300)) == "1 of 300 (1%)"
+    assert str(Count(200, 200)) == "200 of 200 (100%)"
     assert json.loads(json.dumps(report.to_json()))["stopped"] == {"k": 2, "n": 3}
     assert AnswersReport(()).right.share == 0
 

@@ -171,7 +171,7 @@ def _evaluate(chat: "Chat", rows: "list[EvaluationRow]", name: str) -> "AnswersR
 @contextmanager
 def _asking_progress(name: str) -> Iterator:
     columns = (TextColumn(f"asking {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

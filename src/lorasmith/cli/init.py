@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.markup import escape
 
 from lorasmith.cli.console import console
-from lorasmith.cli.run_file import RunFile, make_run_name
+from lorasmith.cli.run_file import RunFile, make_run_name, read_yaml
 from lorasmith.errors import RunError
 
 # What a first run file sets; everything else stands in it as a comment with its default.
@@ -95,6 +94,6 @@ def _as_yaml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_as_yaml(item) for item in value) + "]"
-    if isinstance(value, str) and yaml.safe_load(value) != value:  # 2024 and on would not be texts
+    if isinstance(value, str) and read_yaml(value) != value:  # 2024 and on would not be texts
         return json.dumps(value)
     return str(value)

@@ -112,6 +112,15 @@ def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":
         write_card(Path(run_dir))
 
 
+def read_yaml(text: str) -> Any:
+    """Return the value of a YAML text as run files are read: 1e-4 is a number, and no key may stand twice.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, Loader=_UniqueKeyLoader)
+
+
 def make_run_name(text: str) -> str:
     """Return ``text`` as a run may be called: letters of English, digits, and . _ - inside; may be empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
@@ -134,7 +143,7 @@ def _take_file(
         hint = f" Did you mean {path.parent / near[0]}?" if near else " Make one with: lorasmith init"
         raise SettingsError(f"There is no run file {path}.{hint}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except yaml.YAMLError as error:
@@ -193,7 +202,7 @@ def _parse(name: str, text: str) -> Any:
     if field is not None and field.annotation in (str, str | None):
         return None if text == "null" and field.annotation is not str else text
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return read_yaml(text)
     except yaml.YAMLError:
         return text
 

@@ -197,7 +197,7 @@ def _stop_on_signals() -> Iterator[Any]:
 def _reading_progress() -> Iterator[Any]:
     """Show a bar for each slow part of the preparation, by its name."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, share: float) -> None:

@@ -48,7 +48,10 @@ class Count:
         return self.k / self.n if self.n else 0.0
 
     def __str__(self) -> str:
-        return f"{self.k} of {self.n} ({self.share:.0%})"
+        percent = round(100 * self.share)
+        if 0 < self.k < self.n:  # 199 of 200 is not 100%
+            percent = min(99, max(1, percent))
+        return f"{self.k} of {self.n} ({percent}%)"
 
 
 @dataclass(frozen=True, slots=True)
