@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -181,8 +182,13 @@ def _show_answers(before: list[str], after: list[str]) -> None:
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, ratio=1)
     for question, base, tuned in zip(SHOWN, before, after, strict=True):
-        table.add_row(escape(question), f"[dim]{escape(base)}[/]", escape(tuned))
+        table.add_row(escape(question), f"[dim]{escape(_shorten(base))}[/]", escape(_shorten(tuned)))
     console.print(table)
+
+
+def _shorten(answer: str) -> str:
+    """Return the beginning of a long answer: the base's run on until they are cut."""
+    return textwrap.shorten(answer, 240, placeholder=" ...")
 
 
 def _print_report(base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
