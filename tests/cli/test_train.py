@@ -9,6 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+import lorasmith as lorasmith_package
 from lorasmith.cli import main
 from lorasmith.errors import LorasmithError
 
@@ -80,6 +81,10 @@ def test_a_run_from_flags_leaves_a_whole_run_folder(lorasmith, tiny_base_folder,
     assert record["result"]["steps"] == 6
     assert record["data"]["num_examples"] == 12
     assert record["settings"]["engine"]["threads"] >= 1
+    assert record["settings"]["base"]["dtype"] in ("float32", "bfloat16")  # what "auto" was found to be
+    checkpoint = lorasmith_package.open_chat(run_dir / "checkpoints" / "step-000006" / "adapter")
+    assert checkpoint.recipe == lorasmith_package.Chat.from_run(run_dir).recipe
+    assert checkpoint.notes == ()
     assert "lorasmith ask" in result.output
 
 

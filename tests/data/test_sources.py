@@ -80,3 +80,12 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         (tmp_path / folder / "r.jsonl").write_text(content)
     prints = [open_source(tmp_path / folder / "r.jsonl").fingerprint() for folder in "abc"]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_json_file_that_is_one_object_is_told_once(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('{\n  "data": [\n    {"instruction": "a", "output": "b"}\n  ]\n}\n')
+    (fault,) = list(read_rows(file))
+    assert (fault.reason, fault.where) == ("not a list of rows", "rows.json:1")
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n')
+    assert [row.where for row in read_rows(file)] == ["rows.json:1", "rows.json:2"]

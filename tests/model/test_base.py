@@ -184,3 +184,9 @@ def test_a_hub_model_is_pinned_to_its_commit(monkeypatch, folder):
     assert found.portable_name == load_base(found, CPU).name_or_path == "owner/name"
     assert asked["revision"] == "main"
     assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith((".bin", ".py"))]
+
+
+@pytest.mark.parametrize("model", ["folder", "smollm2-135m"])
+def test_a_revision_of_something_on_this_machine_is_refused(folder, model):
+    with pytest.raises(BaseModelError, match="a revision is for Hub ids"):
+        resolve_base(BaseSettings(model=str(folder) if model == "folder" else model, revision="main"))

@@ -1,0 +1,56 @@
+"""What a run records of its first start is what it goes on with."""
+
+import torch
+
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.model.base import BaseRef
+from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.settings import BaseSettings
+from lorasmith.training.job import _choose_device, _set_threads, _setting_differences
+
+RECORDED = {"base": {"dtype": "bfloat16"}, "engine": {"threads": 1}}
+
+
+def write_record(run_dir):
+    base = BaseRef("x", None, "f" * 64)
+    write_run_record(run_dir, RunRecord(name="r", base=base, recipe={}, settings=RECORDED, data={}))
+
+
+def test_the_number_format_and_threads_of_the_first_start_stay(tmp_path):
+    threads = torch.get_num_threads()
+    write_record(tmp_path)
+    try:
+        assert _choose_device(tmp_path, BaseSettings()).dtype is torch.bfloat16
+        assert _choose_device(tmp_path, BaseSettings(dtype="float32")).dtype is torch.float32
+        assert _set_threads(tmp_path, EngineSettings(), lambda line: None) == 1
+        assert _set_threads(tmp_path, EngineSettings(threads=2), lambda line: None) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def settings(**changes):
+    all_settings = {
+        "base": {"dtype": "float32", "device": "cpu"},
+        "engine": {"threads": 2},
+        "method": {"r": 16, "lora_dropout": 0.0},
+        "training": {"epochs": 3, "micro_batch_tokens": 2048},
+        "run": {"name": "a"},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        all_settings[section] = {**all_settings[section], key: value}
+    return all_settings
+
+
+def test_what_matters_is_told_apart_from_what_does_not():
+    old = settings()
+    assert _setting_differences(old, settings(run__name="b", engine__threads=1, base__device="cuda")) == []
+    assert _setting_differences(old, settings(base__dtype="auto", training__micro_batch_tokens=512)) == []
+    assert _setting_differences(old, settings(method__r=8, training__epochs=4)) == [
+        "method.r: 16 then, 8 now",
+        "training.epochs: 3 then, 4 now",
+    ]
+    # With dropout another cut into packs draws other masks.
+    with_dropout = settings(method__lora_dropout=0.1)
+    changed = settings(method__lora_dropout=0.1, training__micro_batch_tokens=512)
+    assert _setting_differences(with_dropout, changed) == ["training.micro_batch_tokens: 2048 then, 512 now"]
