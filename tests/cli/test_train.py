@@ -1,12 +1,15 @@
 """``lorasmith train`` and ``init`` as a user meets them: text, exit codes, what is on disk."""
 
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lorasmith as lorasmith_package
@@ -147,6 +150,19 @@ def test_other_settings_under_a_stopped_run_are_named(lorasmith, tiny_base_folde
     assert "method.r: 16 then, 2 now" in text
     assert "data: " in text
     assert "has changed since" in text
+
+
+def test_in_a_terminal_a_bar_shows_step_loss_and_time(lorasmith, tiny_base_folder, rows, monkeypatch):
+    from lorasmith.cli import train
+
+    screen = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr(train, "console", screen)
+    lorasmith(*train_words(tiny_base_folder, rows, "training.validation_share=0.2"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+    assert "step 0/6" in shown
+    assert re.search(r"step 6/6 .*loss \d\.\d{3}  rate \S+  [\d,]+ tokens/s", shown)
+    assert "validation loss" in shown
+    assert "Reading and tokenising" in shown
 
 
 def test_sample_questions_are_asked_while_it_trains(lorasmith, tiny_base_folder, rows):

@@ -129,7 +129,7 @@ def train_run(run_file: RunFile, run_dir: Path) -> bool:
             )
         _print_plan(job)
         report = None
-        with _stop_on_signals() as should_stop, _training_progress() as show:
+        with _stop_on_signals() as should_stop, _training_progress(job.num_steps) as show:
             for report in run_job(job, should_stop):
                 show(report)
                 _ask_samples(job, report)
@@ -209,7 +209,7 @@ def _reading_progress() -> Iterator[Any]:
 
 
 @contextmanager
-def _training_progress() -> Iterator[Any]:
+def _training_progress(num_steps: int) -> Iterator[Any]:
     """Show step, loss, rate, speed and time left; where there is no terminal, a line now and then instead."""
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -220,14 +220,13 @@ def _training_progress() -> Iterator[Any]:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=None, loss="-", rate="-", speed="-")
+        task = bars.add_task("", total=num_steps, loss="-", rate="-", speed="-")
 
         def show(report: "StepReport") -> None:
             speed = f"{report.tokens_per_second:,.0f}"
             bars.update(
                 task,
                 completed=report.step,
-                total=report.num_steps,
                 loss=f"{report.loss:.3f}",
                 rate=f"{report.learning_rate:.2g}",
                 speed=speed,
