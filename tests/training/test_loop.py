@@ -132,7 +132,8 @@ def test_golden_losses(examples, tmp_path):
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps([round(loss, 6) for loss in losses], indent=1) + "\n")
         pytest.fail("golden_losses.json was missing and has been written; look at it and run again")
-    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-5)
+    # Other processors round differently, and twenty steps amplify it.
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
 
 
 def test_reports_count_what_was_done(examples, tmp_path):
