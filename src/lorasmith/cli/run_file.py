@@ -235,14 +235,10 @@ def _describe_unknown(name: str, *, is_section: bool) -> str:
         return f"there is no section {name}; {hint}"
     elsewhere = [known for known in names if known.endswith(f".{key}")]
     here = [known for known in names if known.startswith(f"{section}.")]
-    near = (
-        elsewhere or difflib.get_close_matches(name, here, n=1) or difflib.get_close_matches(name, names, n=1)
-    )
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"{section} has {', '.join(k.partition('.')[2] for k in here)}"
-    )
+    keys = [known.partition(".")[2] for known in here]  # compared without the section, which is always alike
+    near = elsewhere or [f"{section}.{found}" for found in difflib.get_close_matches(key, keys, n=1)]
+    near = near or ([] if here else difflib.get_close_matches(name, names, n=1))
+    hint = f"did you mean {near[0]}?" if near else f"{section} has {', '.join(keys)}"
     return f"there is no setting {name}; {hint}"
 
 

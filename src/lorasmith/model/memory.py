@@ -10,8 +10,7 @@ _KEEP_BYTES = 2**30
 def keep_freed_memory() -> bool:
     """Tell glibc to keep big blocks for reuse; return whether this system could be told.
 
-    By default it maps and unmaps every tensor over 128 KiB, so each step page-faults its activations anew,
-    a tenth or more of a CPU step with large activations.
+    By default it maps and unmaps every tensor over 128 KiB, so each step page-faults its activations anew.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

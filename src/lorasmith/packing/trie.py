@@ -39,8 +39,7 @@ class Pack:
 
     ``targets[n]`` is the token to be predicted from the hidden state at ``logit_positions[n]``: the shift is
     done here. ``weights[n]`` says how many examples share that very prediction; the loss is the weighted sum.
-    ``target_examples[n]`` is the first example that asks for it. Examples are named by the numbers that
-    pack_examples was given.
+    Examples are named by the numbers that pack_examples was given.
     """
 
     input_ids: np.ndarray  # int64 [T]
@@ -50,7 +49,6 @@ class Pack:
     logit_positions: np.ndarray  # int64 [N]
     targets: np.ndarray  # int64 [N]
     weights: np.ndarray  # float32 [N]
-    target_examples: np.ndarray  # int64 [N]
     examples: tuple[int, ...]  # the examples that stand in this pack
     paths: tuple[tuple[int, ...], ...]  # for each of them, its segments from the root on
 
@@ -218,25 +216,23 @@ def _lay_out(examples: list[tuple[int, TokenizedExample]], min_prefix_tokens: in
         start = segments[-1].stop if segments else 0
         segments.append(Segment(start, start + branch.end - branch.begin, branch.parent))
 
-    predictions: dict[tuple[int, int], list[float]] = {}  # (logit position, target) -> [weight, example]
-    for place, (number, example) in enumerate(examples):
+    weights: dict[tuple[int, int], int] = {}  # (logit position, target) -> the examples that ask for it
+    for place, (_, example) in enumerate(examples):
         path = np.concatenate(
             [np.arange(segments[index].start, segments[index].stop) for index in paths[place]]
         )
         labels = example.labels[1:]
         learnt = labels != IGNORE_INDEX
         for prediction in zip(path[learnt].tolist(), labels[learnt].tolist(), strict=True):
-            predictions.setdefault(prediction, [0.0, number])[0] += 1.0
-    found = list(predictions.items())
+            weights[prediction] = weights.get(prediction, 0) + 1
     return Pack(
         input_ids=np.concatenate([inputs[b.place][b.begin : b.end] for b in branches]).astype(np.int64),
         position_ids=np.concatenate([np.arange(b.begin, b.end) for b in branches]),
         owners=np.repeat([examples[b.place][0] for b in branches], [b.end - b.begin for b in branches]),
         segments=tuple(segments),
-        logit_positions=np.array([position for (position, _), _ in found], np.int64),
-        targets=np.array([target for (_, target), _ in found], np.int64),
-        weights=np.array([weight for _, (weight, _) in found], np.float32),
-        target_examples=np.array([number for _, (_, number) in found], np.int64),
+        logit_positions=np.array([position for position, _ in weights], np.int64),
+        targets=np.array([target for _, target in weights], np.int64),
+        weights=np.array(list(weights.values()), np.float32),
         examples=tuple(number for number, _ in examples),
         paths=tuple(paths),
     )
