@@ -112,6 +112,22 @@ def test_packs_equal_one_by_one(family, switches):
     assert_same(plain, packed_loss_and_gradients(model, EXAMPLES, **switches))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_can_be_switched_between_packs_and_moves_no_bit(family):
+    model = adapted(family, lora_dropout=0.2).train()
+    forward = PackForward(model, EngineSettings())
+    (pack,) = pack_examples(EXAMPLES, range(len(EXAMPLES)), max_tokens=512, share_prefixes=False)
+    found = []
+    for wanted in (False, True, False):
+        forward.set_checkpointing(wanted)
+        torch.manual_seed(0)
+        forward.summed_loss(pack).backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+        assert torch.equal(gradient, found[2][name]), name
+
+
 @pytest.mark.parametrize("max_tokens", [12, 50, 60, 70])
 def test_the_cut_into_packs_changes_nothing(max_tokens):
     model = adapted("llama").train()

@@ -74,9 +74,8 @@ class PackForward:
         self._cut = 0
         if settings.reuse_frozen_layers and self.packed and dropout == 0.0:
             self._cut = first_adapted_layer(self._decoder)
-        if settings.gradient_checkpointing:
-            base.enable_input_require_grads()
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if settings.gradient_checkpointing is True:
+            self.set_checkpointing(True)
         self.notes = tuple(notes)
 
     @property
@@ -92,6 +91,29 @@ class PackForward:
     def frozen_layers(self) -> int:
         """How many layers are computed once; 0 if nothing is kept."""
         return self._cut if self._frozen else 0
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the layers of this model can be told to recompute their activations."""
+        return bool(self._base.supports_gradient_checkpointing)
+
+    def set_checkpointing(self, wanted: bool) -> None:
+        """Recompute the layers' activations in the backward pass from now on, or keep them; the bits are the same.
+
+        Raises:
+            SettingsError: it is wanted, and the model cannot.
+        """
+        if wanted and not self.can_checkpoint:
+            raise SettingsError(
+                f"engine.gradient_checkpointing is true, and {self._base.config.model_type} has no layers that can "
+                "recompute their activations. Use a smaller training.micro_batch_tokens instead."
+            )
+        if wanted:
+            self._base.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
+        elif self._base.is_activation_checkpointing:
+            self._base.activation_checkpointing_disable()
 
     def keep_frozen_states(
         self,

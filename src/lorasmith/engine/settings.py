@@ -23,9 +23,10 @@ class EngineSettings(BaseModel):
         default=True,
         description="compute the layers below the first adapted one once a run, not once an epoch",
     )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="recompute activations in the backward pass: less memory, more time",
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="recompute activations in the backward pass: less memory, more time; "
+        "auto: only if the largest packs do not fit without",
     )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
