@@ -8,6 +8,7 @@
     |-- BaseModelError         the base model cannot be found, read, or is not the one that was trained on
     |-- AdapterError           an adapter folder is missing, broken, or fits another base
     |-- RunError               a run folder is missing, broken, or in use
+    |-- StorageError           a file cannot be written: the disk is full, read-only, or not ours
     |-- TrainingError          training cannot start or go on
     |   |-- NonFiniteLossError the loss became NaN or infinite
     |   `-- ResumeError        a checkpoint cannot be continued from with the same result
@@ -48,6 +49,10 @@ class AdapterError(LorasmithError):
 
 class RunError(LorasmithError):
     """Raised when a run folder is missing, not a run, or would be overwritten."""
+
+
+class StorageError(LorasmithError):
+    """Raised when a file or folder cannot be written; what was whole before is whole still."""
 
 
 class TrainingError(LorasmithError):

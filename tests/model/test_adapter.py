@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_tiny_model
 from lorasmith.errors import AdapterError
-from lorasmith.model.adapter import load_adapter, named_base, save_adapter, update_norm
+from lorasmith.model.adapter import load_adapter, save_adapter, update_norm
+from lorasmith.model.adapter_folder import named_base
 from lorasmith.model.methods import attach_adapter
 from lorasmith.model.settings import LoraSettings
 
@@ -34,7 +35,9 @@ def logits(model):
 
 @pytest.fixture
 def folder(tmp_path, tiny_llama):
+    """An adapter as plain PEFT leaves it: two files, without checksums."""
     save_adapter(trained(tiny_llama), tmp_path / "adapter")
+    (tmp_path / "adapter" / "SHA256SUMS").unlink()
     return tmp_path / "adapter"
 
 
@@ -123,8 +126,33 @@ def test_a_missing_tensor_is_noticed(folder):
     weights = load_file(file)
     weights.pop(min(weights))
     save_file(weights, file)
-    with pytest.raises(AdapterError, match="not complete: 1 tensors"):
+    with pytest.raises(AdapterError, match=r"not complete: of model\S+ it has only lora_B"):
         load_adapter(make_tiny_model("llama"), folder)
+
+
+def test_a_missing_layer_is_noticed(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layers.1.mlp.up" not in key}, file)
+    with pytest.raises(AdapterError, match=r"not complete: 2 tensors .* such as .*layers\.1\.mlp\.up_proj"):
+        load_adapter(make_tiny_model("llama"), folder)
+
+
+def test_tensors_that_the_config_does_not_ask_for_are_not_dropped_silently(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"].remove("q_proj")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"holds 4 tensors that its adapter_config\.json does not ask for"):
+        load_adapter(make_tiny_model("llama"), folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_one_bit_of_a_saved_adapter_is_noticed(tmp_path, tiny_llama, name):
+    save_adapter(trained(tiny_llama), tmp_path / "adapter")
+    content = bytearray((tmp_path / "adapter" / name).read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "adapter" / name).write_bytes(content)
+    with pytest.raises(AdapterError, match=rf"is damaged: {name} is not as it was written.*SHA256SUMS"):
+        load_adapter(make_tiny_model("llama"), tmp_path / "adapter")
 
 
 def test_not_finite_weights_are_refused_on_load(folder):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from lorasmith.errors import DataError
+from lorasmith.errors import DataError, StorageError
 from lorasmith.files import write_whole
 
 
@@ -23,8 +23,8 @@ def write_to_cache(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise DataError(
-            f"The cache file {path} cannot be written: {error.strerror or error}. "
+            f"The cache file {path} cannot be written: {error.__cause__ or error}. "
             "Name a folder with room by data.cache_dir or the environment variable LORASMITH_CACHE."
         ) from error

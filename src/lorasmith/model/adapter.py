@@ -1,7 +1,6 @@
-"""Adapters on disk: a plain PEFT folder, written whole, checked before it is trusted."""
+"""Adapters on disk: a plain PEFT folder, written whole, checked before it is trusted (adapter_folder.py)."""
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import AdapterError
-from lorasmith.files import recover_folder, whole_folder
+from lorasmith.files import whole_folder, write_checksums
+from lorasmith.model.adapter_folder import CONFIG, PREFIX, WEIGHTS, check_finite, read_adapter_config
+from lorasmith.model.adapter_folder import named_base as named_base
 from lorasmith.model.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
 
 
 def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = False) -> float:
@@ -40,7 +38,8 @@ def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = Fa
             model, adapter_name=name, save_embedding_layers=False
         ).items()
     }
-    _check_finite(weights, "The adapter to be saved")
+    for key, tensor in weights.items():
+        check_finite(key, tensor, "The adapter to be saved")
     norm = update_norm(model)
     if norm == 0 and not allow_no_effect:
         raise AdapterError(
@@ -54,6 +53,7 @@ def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = Fa
     with whole_folder(folder) as part:
         config.save_pretrained(str(part))
         save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+        write_checksums(part)
     return norm
 
 
@@ -63,7 +63,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
     Folders written by plain PEFT are as good as our own.
 
     Raises:
-        AdapterError: files are missing or damaged, weights are a pickle, not finite, or fit another base.
+        AdapterError: the folder is refused by :func:`read_adapter_config`, or fits another base.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -75,13 +75,26 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
             adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, autocast_adapter_dtype=True
             )
-        except (RuntimeError, ValueError, KeyError, TypeError) as fault:
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            re.error,
+        ) as fault:
             raise AdapterError(
-                f"The adapter {folder} does not fit this base: {str(fault).strip().splitlines()[0]} "
+                f"The adapter {folder} does not fit this base: {_first_line(fault)} "
                 "Load it on the base it was trained on."
             ) from fault
-    absent = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(weights)
-    if absent:
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if extra := [key for key in sorted(set(weights) - wanted) if not key.endswith(".base_layer.weight")]:
+        raise AdapterError(
+            f"The adapter {folder} holds {len(extra)} tensors that its {CONFIG} does not ask for, such as "
+            f"{extra[0][:200]}; they would be left out without a word. The two files do not belong together."
+        )
+    if absent := wanted - set(weights):
         raise AdapterError(
             f"The adapter {folder} is not complete: {len(absent)} tensors that its {CONFIG} asks for are "
             f"missing from {WEIGHTS}, such as {min(absent)}. Copy it again."
@@ -89,75 +102,16 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
     return adapted if trainable else adapted.eval()
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json as a dict, after checking that the folder is an adapter with safe weights.
-
-    Raises:
-        AdapterError: it is not.
-    """
-    recover_folder(folder)
-    if not folder.is_dir():
-        raise AdapterError(
-            f"There is no adapter folder {folder}. A run keeps it in adapter/ once it has been trained."
-        )
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}.")
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).exists():
-            raise AdapterError(
-                f"{folder} holds {PICKLE}, a Python pickle: opening one can run any code its author put in. "
-                f"lorasmith reads {WEIGHTS} only. If you trust the author, save it again with a current PEFT."
-            )
-        raise AdapterError(f"{folder} is not complete: {WEIGHTS} is missing.")
-    try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as fault:
-        raise AdapterError(f"{folder / CONFIG} is damaged: {fault}") from fault
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise AdapterError(f"{folder / CONFIG} is not a PEFT config: it names no peft_type.")
-    return config
-
-
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors under PEFT's names on disk, all finite.
+    """Return the tensors of an adapter that was inspected, under PEFT's names on disk.
 
     Raises:
-        AdapterError: the file is damaged, or a weight is NaN or infinite.
+        AdapterError: the file has been damaged since.
     """
     try:
-        weights = load_file(folder / WEIGHTS)
+        return load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as fault:
         raise AdapterError(f"{folder / WEIGHTS} is damaged: {fault}. Copy it again.") from fault
-    _check_finite(weights, f"The adapter {folder}")
-    return weights
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def named_base(config: dict[str, Any], folder: Path) -> str:
-    """Return the base that a plain PEFT folder names: a Hub id or an absolute path, and nothing cleverer.
-
-    The folder may be a stranger's, so its text must not steer us to places relative to here or other hosts.
-
-    Raises:
-        AdapterError: it names none, or something else.
-    """
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise AdapterError(f"{folder / CONFIG} names no base model. Pass the base it was trained on.")
-    parts = base.replace("\\", "/").split("/")
-    if (
-        ".." in parts
-        or "~" in base
-        or "\0" in base
-        or not (Path(base).is_absolute() or _HUB_ID.fullmatch(base))
-    ):
-        raise AdapterError(
-            f"{folder / CONFIG} names the base {base!r}, which is neither a Hub id nor an absolute path. "
-            "Pass the base it was trained on yourself."
-        )
-    return base
 
 
 def update_norm(model: torch.nn.Module) -> float:
@@ -178,20 +132,11 @@ def update_norm(model: torch.nn.Module) -> float:
     return total**0.5
 
 
-def _check_finite(weights: dict[str, torch.Tensor], subject: str) -> None:
-    for key, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{subject} holds NaN or infinite numbers in {key}. Go back to an earlier checkpoint; a "
-                "lower learning_rate usually keeps training finite."
-            )
-
-
 def _check_fits(model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Compare lora_A [R, D_in] and lora_B [D_out, R] with their layers; PEFT's own message is a long list."""
     modules = dict(model.named_modules())
     for key, tensor in weights.items():
-        found = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
         if not found or tensor.dim() != 2:
             continue
         path, side = found.groups()
@@ -208,3 +153,7 @@ def _check_fits(model: "PreTrainedModel", weights: dict[str, torch.Tensor], fold
                 f"The adapter {folder} does not fit this base: {path} is {width} numbers wide here, and the "
                 f"adapter was made for {has}. Load it on the base it was trained on."
             )
+
+
+def _first_line(fault: Exception) -> str:
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

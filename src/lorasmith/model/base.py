@@ -1,6 +1,5 @@
 """The frozen base model: find it, pin it, know it again, load it."""
 
-import errno
 import hashlib
 import importlib.util
 import json
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lorasmith.data.cache import cache_dir
-from lorasmith.errors import BaseModelError
-from lorasmith.files import whole_folder
+from lorasmith.errors import BaseModelError, StorageError
+from lorasmith.files import find_damage, whole_folder, write_checksums
 from lorasmith.model.quiet import quiet_loading
 from lorasmith.model.settings import BUILT_IN, BaseSettings
 
@@ -291,18 +290,20 @@ def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedB
     with file.open("rb") as f:
         digest.update(hashlib.file_digest(f, "sha256").digest())
     folder = cache_dir() / "bases" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    if not (folder / "config.json").is_file():
+    damage = find_damage(folder, needed=("config.json",)) if folder.is_dir() else []
+    if damage:
+        tell(f"The copy of {file.name} in {folder} is damaged ({', '.join(damage)}): it is made again.")
+    if damage or not folder.is_dir():
         tell(f"Dequantising {file.name} once into {folder} ...")
         try:
             with whole_folder(folder) as part:
                 convert_gguf(file, part)
-        except OSError as fault:
-            if fault.errno != errno.ENOSPC:
-                raise
+                write_checksums(part)
+        except StorageError as fault:
             needed = file.stat().st_size * 7 / 1e9  # 4.5 bits a weight become 32
-            raise BaseModelError(
-                f"The disk is full: dequantising {file.name} takes about {needed:.1f} GB "
-                f"in {folder.parent}. Free space there, or point LORASMITH_CACHE elsewhere."
+            raise StorageError(
+                f"{fault} Dequantising {file.name} takes about {needed:.1f} GB; "
+                "the variable LORASMITH_CACHE names another folder."
             ) from fault
     return ResolvedBase(BaseRef(id, None, fingerprint_weights(folder)), folder)
 

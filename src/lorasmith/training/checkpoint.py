@@ -4,26 +4,32 @@
       step-000050/
         adapter/                plain PEFT: can be asked like a finished run
         optimizer.safetensors   AdamW's two moments of every trained tensor
-        state.json              step, best validation so far, a probe loss, checksums of the files above
-      best                      text file: the name of the checkpoint with the lowest validation loss
+        state.json              step, best validation so far and whether it is this one's, a probe loss
+        SHA256SUMS              of every file above
 
 The order of examples and the random numbers of a step are functions of seed and step (schedule.py, loop.py), so
-the step number is all the position there is. Nothing is pickled.
+the step number is all the position there is. The names alone tell which is the last: no clock is asked, and there
+is no pointer that a crash could leave behind. Nothing is pickled.
 """
 
-import hashlib
+import contextlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import ResumeError
-from lorasmith.files import whole_folder, write_whole
+from lorasmith.files import find_damage, whole_folder, write_checksums
 from lorasmith.model.adapter import read_adapter_weights, save_adapter
+from lorasmith.model.adapter_folder import CONFIG, WEIGHTS
+
+_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +56,19 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` and remove all but the last ``keep`` and the best."""
-    root = run_dir / "checkpoints"
-    folder = root / f"step-{step:06d}"
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
     with whole_folder(folder) as part:
         save_adapter(model, part / "adapter", allow_no_effect=True)
-        save_file(_optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), part / _OPTIMIZER)
         state = {
             "step": step,
             "probe_loss": probe_loss,
             "best_validation": best_validation,
+            "is_best": is_best,
             "scaler": scaler.state_dict(),
-            "sha256": {
-                str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))
-            },
         }
-        (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    if is_best:
-        write_whole(root / "best", folder.name + "\n")
+        (part / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_checksums(part)
     best = best_checkpoint(run_dir)
     for old in _by_step(run_dir)[:-keep]:
         if old != best:
@@ -82,7 +84,8 @@ def remove_checkpoints_after(run_dir: Path, step: int) -> None:
 
 
 def _by_step(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step-*"), key=_step_of)
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((folder for folder in found if re.fullmatch(r"step-\d+", folder.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
@@ -91,30 +94,42 @@ def _step_of(folder: Path) -> int:
 
 def best_checkpoint(run_dir: Path) -> Path | None:
     """Return the folder of the checkpoint with the lowest validation loss, if there was a validation."""
-    pointer = run_dir / "checkpoints" / "best"
-    if not pointer.is_file():
-        return None
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    return folder if folder.is_dir() else None
+    for folder in reversed(_by_step(run_dir)):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is nobody's best
+            if json.loads((folder / _STATE).read_text(encoding="utf-8"))["is_best"]:
+                return folder
+    return None
 
 
 def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint whose files are whole, and what is wrong with newer ones, in words."""
+    """Return the newest checkpoint whose files are whole, and what is wrong with newer ones, in words.
+
+    (None, []) if the run has not come to its first checkpoint.
+
+    Raises:
+        ResumeError: there are checkpoints, and every one of them is damaged.
+    """
     complaints: list[str] = []
     for folder in reversed(_by_step(run_dir)):
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            broken = [name for name, digest in state["sha256"].items() if _sha256(folder / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
-            complaints.append(f"{folder.name} cannot be read ({error}): the one before it is used")
-            continue
-        if broken:
-            complaints.append(f"{folder.name} is damaged ({', '.join(broken)}): the one before it is used")
-            continue
-        return Checkpoint(
-            folder, state["step"], state["probe_loss"], state["best_validation"], state["scaler"]
-        ), complaints
-    return None, complaints
+        state = _read_state(folder)
+        if isinstance(state, dict):
+            return Checkpoint(
+                folder, state["step"], state["probe_loss"], state["best_validation"], state["scaler"]
+            ), [f"{complaint}: the one before it is used" for complaint in complaints]
+        complaints.append(f"{folder.name} is damaged ({state})")
+    if complaints:
+        raise ResumeError(
+            f"{run_dir} cannot be gone on with, since none of its checkpoints is whole:\n"
+            + "\n".join(f"  - {complaint}" for complaint in complaints)
+            + f"\nBring one back from a copy, or remove {run_dir / 'checkpoints'} to train from the beginning."
+        )
+    return None, []
+
+
+def _read_state(folder: Path) -> dict[str, Any] | str:
+    """Return what state.json says of a checkpoint, or what is wrong with the checkpoint, in words."""
+    damage = find_damage(folder, needed=(f"adapter/{CONFIG}", f"adapter/{WEIGHTS}", _OPTIMIZER, _STATE))
+    return ", ".join(damage) or json.loads((folder / _STATE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(
@@ -127,7 +142,7 @@ def load_checkpoint(
     """
     if scaler.is_enabled():
         scaler.load_state_dict(checkpoint.scaler)
-    saved = load_file(checkpoint.folder / "optimizer.safetensors")
+    saved = load_file(checkpoint.folder / _OPTIMIZER)
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
         missing = [key for key, value in moments.items() if value is None]
@@ -155,8 +170,3 @@ def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> di
 
 def _trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
