@@ -28,7 +28,7 @@ def test_the_proof_is_printed_with_its_limits(tmp_path, adapter, capsys):
     (tmp_path / "questions.txt").write_text("When is payday?\n\nWhere is the office?\n")
     command(run=adapter, out=tmp_path / "merged", prompts=tmp_path / "questions.txt", device="cpu")
     printed = capsys.readouterr().out
-    assert "recipe is a guess: chat" in printed
+    assert "asked with the recipe chat" in printed
     for text in ("largest logit difference", "2 of 2", "limit (float32)", "Proven equal", "shard by shard"):
         assert text in printed
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import make_tiny_model
 from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.generation import decode as decode_module
 from lorasmith.generation.chat import Chat
-from lorasmith.generation.decode import MAX_BATCH_TOKENS, NextToken, count_shared, plan_batches
+from lorasmith.generation.decode import (
+    MAX_BATCH_TOKENS,
+    NextToken,
+    count_shared,
+    group_by_beginning,
+    plan_batches,
+)
 from lorasmith.generation.sampling import SamplingSettings
 
 FAMILIES = ("llama", "mistral", "qwen", "gpt_neox")
@@ -179,3 +187,32 @@ def test_batches_are_bounded_in_rows_and_tokens_and_hold_every_row_once():
 )
 def test_the_common_beginning(sequences, expected):
     assert count_shared(sequences) == expected
+
+
+def test_prompts_are_grouped_by_documents_that_are_worth_it():
+    system, doc, other = [7] * 30, [1] * 200, [2] * 200
+    prompts = [
+        *([*system, *doc, 90 + i] for i in range(5)),
+        [*system, 50],
+        *([*system, *other, 90 + i] for i in range(5)),
+        [*system, 51, 52],
+    ]
+    groups = sorted(sorted(group) for group in group_by_beginning(prompts))
+    assert groups == [[0, 1, 2, 3, 4], [5, 11], [6, 7, 8, 9, 10]]
+    assert group_by_beginning([[*system, i] for i in range(9)]) == [list(range(9))]
+    assert group_by_beginning([]) == []
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), max_size=20))
+def test_every_prompt_is_in_one_group(prompts):
+    prompts = [prompt * 20 for prompt in prompts]
+    assert sorted(row for group in group_by_beginning(prompts) for row in group) == list(range(len(prompts)))
+
+
+def test_answers_do_not_depend_on_the_groups(chat, monkeypatch):
+    document = "The office is in Saigon. " * 3
+    questions = [f"{document}When {i}?" for i in range(4)] + ["Hi", f"{document[:40]} Where?"]
+    together = chat.ask_many(questions, sampling=SOON)
+    monkeypatch.setattr(decode_module, "MIN_SAVED_TOKENS", 20)
+    assert len(group_by_beginning([chat.encode_prompt(q) for q in questions])) > 1
+    assert [a.token_ids for a in chat.ask_many(questions, sampling=SOON)] == [a.token_ids for a in together]

@@ -11,7 +11,7 @@ from lorasmith.errors import DataError
 from lorasmith.evaluation.facts import has_keywords, is_verbatim, states_facts
 from lorasmith.generation.chat import GREEDY, Chat
 from lorasmith.generation.sampling import SamplingSettings
-from lorasmith.generation.stream import FinishReason
+from lorasmith.generation.stream import Answer, FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,14 @@ def evaluate_answers(
 ) -> AnswersReport:
     """Ask every question and judge every answer; ``progress`` gets (answers done, answers asked for)."""
     questions = [[Message("user", row.question, row.input)] for row in rows]
-    answers = chat.ask_many(questions, sampling=sampling, progress=progress)
+    done: list[int] = []
+
+    def note(place: int, answer: Answer) -> None:
+        done.append(place)
+        if progress is not None:
+            progress(len(done), len(questions))
+
+    answers = chat.ask_many(questions, sampling=sampling, on_answer=note)
     return AnswersReport(
         tuple(
             judge_answer(row, answer.text, answer.finish_reason)

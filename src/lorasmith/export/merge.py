@@ -1,11 +1,9 @@
 """Merge: fold the adapter into its base, save a model that stands alone, prove that it answers the same."""
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +11,7 @@ import torch
 from safetensors import safe_open
 
 from lorasmith.data.example import Message
-from lorasmith.data.prompts import PromptRecipe, choose_recipe
-from lorasmith.data.settings import PromptSettings
+from lorasmith.data.prompts import PromptRecipe
 from lorasmith.errors import AdapterError, MergeError
 from lorasmith.export.chat_template import chat_template, count_equal_prompts
 from lorasmith.export.fold import copy_remote_code, fold
@@ -31,38 +28,29 @@ from lorasmith.export.proof import (
     spread,
 )
 from lorasmith.export.questions import held_out_questions
-from lorasmith.files import whole_folder
-from lorasmith.model.adapter import WEIGHTS, load_adapter, named_base, read_adapter_config, update_norm
+from lorasmith.files import whole_folder, write_whole
+from lorasmith.model.adapter import update_norm
 from lorasmith.model.base import (
     ResolvedBase,
-    check_same_base,
     load_base,
     load_tokenizer,
-    reopen_base,
-    resolve_base,
     weight_files,
 )
 from lorasmith.model.device import DeviceChoice, choose_device
-from lorasmith.model.run_record import RunRecord, library_versions, read_run_record
-from lorasmith.model.settings import BaseSettings
+from lorasmith.model.found import (
+    MERGED_FILE,
+    FoundModel,
+    Tell,
+    find_adapted,
+    fingerprint_adapter,
+    say_nothing,
+)
+from lorasmith.model.run_record import library_versions
 
-Tell = Callable[[str], None]
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-MERGED_FILE = "lorasmith.json"
+MERGED_TO_FILE = "merged_to.json"  # in a run folder: where its adapter was last merged to, for the report
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is merged: the adapter, its base, and how it was trained to be asked."""
-
-    adapter: Path
-    base: ResolvedBase
-    recipe: PromptRecipe
-    tokenizer: Any
-    record: RunRecord | None
-    trust_remote_code: bool
 
 
 def merge(
@@ -75,7 +63,7 @@ def merge(
     prompts: Sequence[Sequence[Message]] | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    tell: Tell = lambda line: None,
+    tell: Tell = say_nothing,
 ) -> MergeProof:
     """Write base + adapter as one transformers folder to ``out_dir`` and return the proof that it is both.
 
@@ -89,7 +77,10 @@ def merge(
         BaseModelError, AdapterError, RunError, RecipeError: what is to be merged cannot be opened.
     """
     out = Path(out_dir).absolute()
-    source = _open_source(Path(run_dir), base, recipe, tell)
+    source = find_adapted(Path(run_dir), base=base, recipe=recipe, tell=tell)
+    assert source.adapter is not None, "find_adapted finds no whole models"
+    for note in source.notes:
+        tell(note)
     _check_place(out, source, Path(run_dir), overwrite)
     kept = None if dtype == "auto" else getattr(torch, dtype)
     questions = prompts if prompts is not None else held_out_questions(source.record, NUM_QUESTIONS)
@@ -107,8 +98,7 @@ def merge(
         tell(f"Folded in {fold_seconds:.1f} s ({way}). Asking both models {len(asked)} questions ...")
 
         started = time.monotonic()
-        model = load_base(source.base, compare_on, trust_remote_code=source.trust_remote_code)
-        tuned: Any = load_adapter(model, source.adapter)
+        tuned: Any = source.load(compare_on)
         norm = update_norm(tuned)
         expected = answer_greedily(tuned, asked, stop_ids)
         with tuned.disable_adapter():
@@ -118,7 +108,7 @@ def merge(
             raise AdapterError(
                 f"The adapter {source.adapter} has no effect: it changes no logit. Train it first."
             )
-        del model, tuned
+        del tuned
         free_memory()
 
         merged_folder = ResolvedBase(source.base.ref, part)
@@ -147,47 +137,18 @@ def merge(
                 + ("" if coarsest is torch.float32 else " Merge with --dtype float32.")
             )
         _write_json(part / "merge_proof.json", proof.to_json())
-        _write_json(part / MERGED_FILE, _describe(source, proof))
+        _write_json(part / MERGED_FILE, _describe(source, source.adapter, proof))
+    if (source.adapter.parent / "run.json").is_file():
+        write_whole(source.adapter.parent / MERGED_TO_FILE, json.dumps({"folder": str(out)}) + "\n")
     return proof
 
 
-def _open_source(run_dir: Path, base: str | None, recipe: PromptRecipe | None, tell: Tell) -> _Source:
-    if (run_dir / "adapter_config.json").is_file() and (run_dir.parent / "run.json").is_file():
-        run_dir = run_dir.parent  # somebody named runs/x/adapter: the run knows the base and the recipe
-    if not (run_dir / "adapter_config.json").is_file():
-        record = read_run_record(run_dir)
-        adapter = run_dir / "adapter"
-        if record.result is None and not adapter.is_dir():
-            raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no adapter/ yet.")
-        read_adapter_config(adapter)
-        if base is None:
-            found = reopen_base(record.base, tell=tell)
-        else:
-            found = resolve_base(BaseSettings(model=base), tell=tell)
-            check_same_base(record.base, found)
-        trusts = bool(record.settings.get("base", {}).get("trust_remote_code", False))
-        tokenizer = load_tokenizer(found, trust_remote_code=trusts)
-        return _Source(
-            adapter, found, recipe or PromptRecipe.from_json(record.recipe), tokenizer, record, trusts
-        )
-
-    found = resolve_base(
-        BaseSettings(model=base or named_base(read_adapter_config(run_dir), run_dir)), tell=tell
-    )
-    has_tokenizer = (run_dir / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(ResolvedBase(found.ref, run_dir) if has_tokenizer else found)
-    if recipe is None:
-        recipe, reason = choose_recipe(PromptSettings(recipe="auto"), tokenizer)
-        tell(f"{run_dir} has no run.json, so its prompt recipe is a guess: {recipe.name} ({reason}).")
-    return _Source(run_dir, found, recipe, tokenizer, None, False)
-
-
-def _check_place(out: Path, source: _Source, run_dir: Path, overwrite: bool) -> None:
+def _check_place(out: Path, source: FoundModel, run_dir: Path, overwrite: bool) -> None:
     """Refuse an ``out`` that is taken, or whose replacement would destroy what is being merged."""
     needed = sum(file.stat().st_size for file in weight_files(source.base.folder))
     for name, folder in (
         ("the run", run_dir),
-        ("the adapter", source.adapter),
+        ("the adapter", source.adapter or run_dir),
         ("the base", source.base.folder),
     ):
         if folder.resolve().is_relative_to(out.resolve()):
@@ -211,7 +172,7 @@ def _check_place(out: Path, source: _Source, run_dir: Path, overwrite: bool) -> 
         )
 
 
-def _write_companions(source: _Source, out: Path) -> None:
+def _write_companions(source: FoundModel, out: Path) -> None:
     """Write what the weights need to be used as trained: tokenizer, chat template, generation defaults."""
     from transformers import GenerationConfig
 
@@ -230,14 +191,14 @@ def _write_companions(source: _Source, out: Path) -> None:
         copy_remote_code(source.base, out)
 
 
-def _describe(source: _Source, proof: MergeProof) -> dict[str, Any]:
+def _describe(source: FoundModel, adapter: Path, proof: MergeProof) -> dict[str, Any]:
     """Return lorasmith.json: what the folder was made of, how to ask it, and how it was proven."""
     base = source.base.ref
     return {
         "schema_version": 1,
         "run": source.record.name if source.record else None,
         "base": {"id": base.id, "revision": base.revision, "fingerprint": base.fingerprint},
-        "adapter": {"sha256": hashlib.sha256((source.adapter / WEIGHTS).read_bytes()).hexdigest()},
+        "adapter": {"sha256": fingerprint_adapter(adapter)},
         "recipe": source.recipe.to_json(),
         "proof": proof.to_json(),
         "versions": library_versions(),

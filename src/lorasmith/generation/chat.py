@@ -3,46 +3,29 @@
 question or messages -> PromptRecipe.render_prompt -> token ids -> decode -> Piece, Piece, ... = Answer
 """
 
-import difflib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasmith.data.example import Message
-from lorasmith.data.prompts import PromptRecipe, choose_recipe
-from lorasmith.data.settings import PromptSettings
+from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.tokens import encode
-from lorasmith.errors import AdapterError, OverlongError, RecipeError, RunError
+from lorasmith.errors import AdapterError, OverlongError, RecipeError
 from lorasmith.generation.decode import KeptTurn, NextToken, decode, decode_many
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import Answer, AnswerWriter, FinishReason, Piece
-from lorasmith.model.adapter import load_adapter, named_base, read_adapter_config
-from lorasmith.model.base import (
-    ResolvedBase,
-    check_same_base,
-    load_base,
-    load_tokenizer,
-    reopen_base,
-    resolve_base,
-)
 from lorasmith.model.device import choose_device
-from lorasmith.model.run_record import read_run_record
-from lorasmith.model.settings import BaseSettings
+from lorasmith.model.found import FoundModel, Tell, find_model, find_run, say_nothing
 
 Question = str | Sequence[Message]
 
-Tell = Callable[[str], None]
-
 GREEDY = SamplingSettings()
-
-
-def say_nothing(line: str) -> None:
-    """Take what is told while something slow begins, and keep quiet."""
 
 
 class Chat:
@@ -53,6 +36,7 @@ class Chat:
     config are not applied: ``SamplingSettings`` says all there is.
 
     ``name`` says what is asked, ``notes`` what a user should know about it (a guessed recipe, for one).
+    ``found`` is what the model was loaded from; None where it was handed in.
     """
 
     def __init__(
@@ -63,11 +47,13 @@ class Chat:
         *,
         name: str = "",
         notes: Sequence[str] = (),
+        found: FoundModel | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.name = name
         self.notes = tuple(notes)
+        self.found = found
         self._next_token = NextToken(model)
         self._kept = KeptTurn([])
         self._lead = recipe.answer_lead()
@@ -77,90 +63,27 @@ class Chat:
         self._hidden_token_ids = frozenset(special | set(tokenizer.all_special_ids))
 
     @classmethod
+    def open(cls, found: FoundModel, *, device: str = "auto", dtype: str = "auto") -> "Chat":
+        """Load what ``find_model`` found, to be asked as it was trained."""
+        model = found.load(choose_device(device, dtype))
+        return cls(model, found.tokenizer, found.recipe, name=found.name, notes=found.notes, found=found)
+
+    @classmethod
     def from_run(
         cls,
         run_dir: str | Path,
         *,
         device: str = "auto",
         dtype: str = "auto",
-        tell: Tell = say_nothing,
-        adapter: bool | Path = True,
         base: str | None = None,
+        tell: Tell = say_nothing,
     ) -> "Chat":
-        """Open a finished run; ``adapter=False`` asks its untuned base with the same recipe.
-
-        ``adapter`` may name another adapter of the run: that of a checkpoint.
-
-        ``base`` is where the base model lies now, if it was moved since the run.
+        """Open a finished run. ``base`` is where its base model lies now, if it was moved.
 
         Raises: RunError without a readable run.json; BaseModelError when the weights are not those of the
         run; RecipeError when the recipe renders another text than it did then; AdapterError.
         """
-        run_dir = Path(run_dir)
-        record = read_run_record(run_dir)
-        recipe = PromptRecipe.from_json(record.recipe)
-        if base is None:
-            found = reopen_base(record.base, tell=tell)
-        else:
-            found = resolve_base(BaseSettings(model=base), tell=tell)
-            check_same_base(record.base, found)
-        trusted = bool(record.settings.get("base", {}).get("trust_remote_code"))
-        model = load_base(found, choose_device(device, dtype), trust_remote_code=trusted)
-        tokenizer = load_tokenizer(found, trust_remote_code=trusted)
-        if not adapter:
-            return cls(model, tokenizer, recipe, name=f"{record.base.id} (untuned)")
-        folder = adapter if isinstance(adapter, Path) else run_dir / "adapter"
-        return cls(load_adapter(model, folder), tokenizer, recipe, name=str(run_dir))
-
-    @classmethod
-    def from_adapter(
-        cls,
-        folder: str | Path,
-        *,
-        base: str | None = None,
-        recipe: PromptRecipe | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        tell: Tell = say_nothing,
-    ) -> "Chat":
-        """Open a plain PEFT folder, which knows its base's name but not the recipe it was trained with.
-
-        Without ``recipe`` the tokenizer's chat template is used (of the tokenizer in the adapter folder, if
-        there is one), and ``notes`` says so.
-        """
-        folder = Path(folder)
-        name = base or named_base(read_adapter_config(folder), folder)
-        found = resolve_base(BaseSettings(model=name), tell=tell)
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(ResolvedBase(found.ref, folder) if has_tokenizer else found)
-        recipe, notes = _settle_recipe(
-            recipe, tokenizer, f"{folder} has no run.json, so how it was prompted in training is not known. "
-        )
-        model = load_adapter(load_base(found, choose_device(device, dtype)), folder)
-        return cls(model, tokenizer, recipe, name=str(folder), notes=notes)
-
-    @classmethod
-    def from_folder(
-        cls,
-        model: str | Path,
-        *,
-        recipe: PromptRecipe | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        tell: Tell = say_nothing,
-    ) -> "Chat":
-        """Open a whole model: a merged folder (its lorasmith.json holds the recipe), or any base model."""
-        found = resolve_base(BaseSettings(model=str(model)), tell=tell)
-        tokenizer = load_tokenizer(found)
-        written_by_merge = Path(model) / "lorasmith.json"
-        notes: tuple[str, ...] = ()
-        if recipe is None and written_by_merge.is_file():
-            recipe = _read_recipe(written_by_merge)
-        else:
-            recipe, notes = _settle_recipe(recipe, tokenizer)
-        return cls(
-            load_base(found, choose_device(device, dtype)), tokenizer, recipe, name=str(model), notes=notes
-        )
+        return cls.open(find_run(Path(run_dir), base=base, tell=tell), device=device, dtype=dtype)
 
     def base(self) -> "Chat":
         """Return a Chat over the same weights with the adapter off. Both may be asked in turn."""
@@ -168,9 +91,23 @@ class Chat:
             raise AdapterError(
                 f"{self.name or 'This model'} has no adapter to switch off: it is a whole model."
             )
-        chat = Chat(self._next_token.model, self.tokenizer, self.recipe, name=f"{self.name} (untuned)")
+        found = self.found and replace(self.found, adapter=None)
+        name = f"{self.name} (untuned)"
+        chat = Chat(self._next_token.model, self.tokenizer, self.recipe, name=name, found=found)
         chat._next_token = self._next_token.without_adapter()
         return chat
+
+    @contextmanager
+    def answering(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """Lend the model as this Chat asks it: without dropout, its adapter on or off. Nobody else asks meanwhile."""
+        with self._next_token.answering() as model:
+            yield model
+
+    @property
+    def weights(self) -> str | None:
+        """What an answer depends on beside its question: a name of the weights and how they are computed."""
+        model = self._next_token.model
+        return self.found and f"{self.found.fingerprint()} {model.dtype} {model.device.type}"
 
     def ask(
         self,
@@ -225,28 +162,25 @@ class Chat:
         questions: Sequence[Question],
         *,
         sampling: SamplingSettings = GREEDY,
-        progress: Callable[[int, int], None] | None = None,
+        on_answer: Callable[[int, Answer], None] = lambda place, answer: None,
         batch_size: int = 32,
     ) -> list[Answer]:
         """Answer many questions at once, in the order asked; in float32 as ``ask`` answers each.
 
-        ``progress`` is called with (answers done, answers asked for). An answer's ``seconds`` run from the
-        beginning of the whole call.
+        ``on_answer`` is called with a question's place and its answer as soon as that is finished. An answer's
+        ``seconds`` run from the beginning of the whole call.
         """
         prompts = [self.encode_prompt(question) for question in questions]
-        if not prompts:
-            return []
         writers = [self._new_writer(prompt, sampling) for prompt in prompts]
         start = time.perf_counter()
-        finished_after: dict[int, float] = {}
+        answers: dict[int, Answer] = {}
 
         def note_finished() -> None:
-            now = time.perf_counter() - start
-            for row, writer in enumerate(writers):
-                if writer.finish_reason is not None:
-                    finished_after.setdefault(row, now)
-            if progress is not None:
-                progress(len(finished_after), len(writers))
+            seconds = time.perf_counter() - start
+            for place, writer in enumerate(writers):
+                if writer.finish_reason is not None and place not in answers:
+                    answers[place] = _read_answer(writer, len(prompts[place]), seconds)
+                    on_answer(place, answers[place])
 
         decode_many(
             self._next_token,
@@ -256,9 +190,7 @@ class Chat:
             batch_size=batch_size,
             on_finished=note_finished,
         )
-        return [
-            _read_answer(writer, len(prompts[row]), finished_after[row]) for row, writer in enumerate(writers)
-        ]
+        return [answers[place] for place in range(len(prompts))]
 
     def encode_prompt(
         self, question: Question, *, input: str = "", system: str | None = None, override_system: bool = False
@@ -316,28 +248,9 @@ def open_chat(
 ) -> Chat:
     """Open whatever can be asked: a run folder, an adapter folder, a merged folder, or a base model's name.
 
-    ``base`` and ``recipe`` matter only where the folder does not know them itself: ``base`` says where a
-    run's or an adapter's base model lies, ``recipe`` is for folders without run.json and lorasmith.json.
+    ``base`` and ``recipe`` as for ``find_model``: where the folder does not know them itself.
     """
-    folder = Path(source)
-    if (folder / "run.json").is_file():
-        return Chat.from_run(folder, device=device, dtype=dtype, tell=tell, base=base)
-    for run_dir in list(folder.resolve().parents)[
-        :3
-    ]:  # runs/x/adapter, runs/x/checkpoints/step-000100/adapter
-        if (folder / "adapter_config.json").is_file() and (run_dir / "run.json").is_file():
-            return Chat.from_run(run_dir, adapter=folder, device=device, dtype=dtype, tell=tell, base=base)
-    if (folder / "adapter_config.json").is_file():
-        return Chat.from_adapter(folder, base=base, recipe=recipe, device=device, dtype=dtype, tell=tell)
-    # A Hub id has a slash too, but its first part is no folder of runs here.
-    runs_beside = (
-        [] if folder.exists() else sorted(file.parent.name for file in folder.parent.glob("*/run.json"))
-    )
-    if runs_beside:
-        near = difflib.get_close_matches(folder.name, runs_beside, n=1)
-        hint = f"Did you mean {folder.parent / near[0]}?" if near else f"There are: {', '.join(runs_beside)}."
-        raise RunError(f"There is no run {folder.name} in {folder.parent}. {hint}")
-    return Chat.from_folder(source, recipe=recipe, device=device, dtype=dtype, tell=tell)
+    return Chat.open(find_model(source, base=base, recipe=recipe, tell=tell), device=device, dtype=dtype)
 
 
 def _read_answer(writer: AnswerWriter, prompt_tokens: int, seconds: float) -> Answer:
@@ -351,21 +264,3 @@ def _end_tokens(model: PreTrainedModel | PeftModel) -> frozenset[int]:
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
-def _settle_recipe(
-    recipe: PromptRecipe | None, tokenizer: PreTrainedTokenizerBase, why: str = ""
-) -> tuple[PromptRecipe, tuple[str, ...]]:
-    """Return the given recipe, or the one that suits the tokenizer and a note that says so."""
-    if recipe is not None:
-        return recipe, ()
-    chosen, reason = choose_recipe(PromptSettings(), tokenizer)
-    return chosen, (f"{why}It is asked with the recipe {chosen.name}: {reason}.",)
-
-
-def _read_recipe(place: Path) -> PromptRecipe:
-    """Return the recipe in a merged folder's lorasmith.json."""
-    try:
-        return PromptRecipe.from_json(json.loads(place.read_text(encoding="utf-8"))["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{place} holds no prompt recipe ({error}). Merge the run again.") from error

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary.
 
 import copy
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from lorasmith.generation.stream import AnswerWriter
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 MIN_SHARED_TOKENS = 4  # a shorter common beginning is not worth a forward of its own
+MIN_SAVED_TOKENS = (
+    512  # that a group must save: a batch's 64 decoding steps cost about as much as reading them
+)
 MAX_BATCH_TOKENS = 16_384  # bounds the keys and values: 0.8 GB for a 135M model in float32
 
 
@@ -65,8 +69,8 @@ class NextToken:
         """Read ``input_ids`` [B, T] after what ``cache`` holds, and extend it; ``mask`` is [B, held + T]."""
         device = self.model.device
         optional = {"position_ids": position_ids.to(device), "logits_to_keep": 1}
-        with self._turn, self._answering():
-            logits = self.model(
+        with self.answering() as model:
+            logits = model(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
                 past_key_values=cache,
@@ -76,7 +80,13 @@ class NextToken:
         return logits[:, -1].float()
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """Lend the model to one at a time: in eval mode, its adapter off where this is the untuned side."""
+        with self._turn, self._switched():
+            yield self.model
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
         in_training = [part for part in self.model.modules() if part.training] if self.model.training else []
         if in_training:
             self.model.eval()
@@ -171,18 +181,55 @@ def decode_many(
 ) -> None:
     """Decode every prompt into the writer of the same index; ``on_finished`` is called when some are done.
 
-    Prompts of like length share a batch, the longest first; the common beginning of all is read once.
+    What the prompts of a group have in common is read once. In a group, prompts of like length share a batch,
+    the longest first.
     """
-    shared = _read_shared(next_token, prompts)
-    for rows in plan_batches([len(prompt) for prompt in prompts], batch_size):
-        _decode_batch(
-            next_token,
-            [list(prompts[row]) for row in rows],
-            shared,
-            sampler,
-            [writers[row] for row in rows],
-            on_finished,
-        )
+    for group in group_by_beginning(prompts):
+        shared = _read_shared(next_token, [prompts[row] for row in group])
+        for places in plan_batches([len(prompts[row]) for row in group], batch_size):
+            rows = [group[place] for place in places]
+            _decode_batch(
+                next_token,
+                [list(prompts[row]) for row in rows],
+                shared,
+                sampler,
+                [writers[row] for row in rows],
+                on_finished,
+            )
+
+
+def group_by_beginning(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return all row numbers, in groups that are worth reading their common beginning once.
+
+    Ten questions on each of five documents, under one system prompt, are five groups; ninety short questions
+    under it are one: a group of its own is one more batch to decode, and must save more than that.
+
+        s d d d d q      s + document d
+        s d d d d r
+        s e e e e q      s + document e
+        s e e e e t u
+        s v              s alone
+    """
+    order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
+    shared = [count_shared([prompts[a], prompts[b]]) for a, b in itertools.pairwise(order)]
+    groups: list[list[int]] = []
+
+    def gather(low: int, high: int, held: int) -> list[int]:
+        """Add the groups among order[low:high], and return the rows that stay with those sharing ``held`` tokens."""
+        if high - low < 2 or (max(shared[low : high - 1]) - held) * (high - low - 1) < MIN_SAVED_TOKENS:
+            return order[low:high]
+        common = min(shared[low : high - 1])
+        is_group = (common - held) * (high - low - 1) >= MIN_SAVED_TOKENS
+        cuts = [low, *(at + 1 for at in range(low, high - 1) if shared[at] == common), high]
+        staying = [
+            row for a, b in itertools.pairwise(cuts) for row in gather(a, b, common if is_group else held)
+        ]
+        if is_group and staying:
+            groups.append(staying)
+        return [] if is_group else staying
+
+    rest = gather(0, len(order), 0)
+    return [*groups, rest] if rest else groups
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -1,0 +1,190 @@
+"""Find what can be asked, merged or evaluated, and how it was trained to be asked; no weights are loaded yet.
+
+runs/x                       run.json knows base and recipe; the adapter is runs/x/adapter
+runs/x/checkpoints/*/adapter the same run, that adapter
+a plain PEFT folder          names its base; its recipe is chosen, and that is said
+a merged folder              a whole model; lorasmith.json holds the recipe
+a model's folder or Hub id   a whole model; its recipe is chosen, and that is said
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.data.prompts import PromptRecipe, choose_recipe
+from lorasmith.data.settings import PromptSettings
+from lorasmith.errors import AdapterError, RecipeError, RunError
+from lorasmith.model.adapter import load_adapter
+from lorasmith.model.adapter_folder import WEIGHTS, named_base, read_adapter_config
+from lorasmith.model.base import (
+    ResolvedBase,
+    check_same_base,
+    load_base,
+    load_tokenizer,
+    reopen_base,
+    resolve_base,
+)
+from lorasmith.model.device import DeviceChoice
+from lorasmith.model.run_record import RunRecord, read_run_record
+from lorasmith.model.settings import BaseSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Tell = Callable[[str], None]
+
+MERGED_FILE = "lorasmith.json"  # in a merged folder: what it was made of and how it is asked
+
+
+def say_nothing(line: str) -> None:
+    """Take what is told while something slow begins, and keep quiet."""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A base, perhaps an adapter on it, and the prompt recipe they are asked with.
+
+    ``notes`` say what a user should know about it: a recipe that had to be chosen, for one.
+    """
+
+    name: str
+    base: ResolvedBase
+    adapter: Path | None
+    recipe: PromptRecipe
+    tokenizer: "PreTrainedTokenizerBase"
+    record: RunRecord | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.record is not None and bool(self.record.settings.get("base", {}).get("trust_remote_code"))
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of the weights that answer: those of the base, and the adapter's file."""
+        digest = hashlib.sha256(self.base.ref.fingerprint.encode())
+        if self.adapter is not None:
+            digest.update(fingerprint_adapter(self.adapter).encode())
+        return digest.hexdigest()
+
+    def load(self, choice: DeviceChoice) -> "PreTrainedModel | PeftModel":
+        """Return the model on the chosen device, its adapter attached, frozen and in eval mode."""
+        model = load_base(self.base, choice, trust_remote_code=self.trust_remote_code)
+        return model if self.adapter is None else load_adapter(model, self.adapter)
+
+
+def fingerprint_adapter(adapter: Path) -> str:
+    """Return the sha256 of an adapter folder's weights."""
+    with (adapter / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_model(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    recipe: PromptRecipe | None = None,
+    tell: Tell = say_nothing,
+) -> FoundModel:
+    """Return what ``source`` names: a run folder, an adapter folder, a merged folder, or a base model.
+
+    ``base`` says where a run's or an adapter's base model lies, if it was moved or is not named. ``recipe`` is
+    for folders that do not hold their own.
+
+    Raises:
+        RunError, AdapterError, BaseModelError, RecipeError: it is not there, not whole, or not what it was.
+    """
+    folder = Path(source)
+    if (folder / "run.json").is_file() or (folder / "adapter_config.json").is_file():
+        return find_adapted(folder, base=base, recipe=recipe, tell=tell)
+    _refuse_mistyped_run(folder)
+    found = resolve_base(BaseSettings(model=str(source)), tell=tell)
+    tokenizer = load_tokenizer(found)
+    notes: tuple[str, ...] = ()
+    if recipe is None and (folder / MERGED_FILE).is_file():
+        recipe = _read_recipe(folder / MERGED_FILE)
+    else:
+        recipe, notes = _settle_recipe(recipe, tokenizer)
+    return FoundModel(str(source), found, None, recipe, tokenizer, notes=notes)
+
+
+def find_adapted(
+    folder: Path, *, base: str | None = None, recipe: PromptRecipe | None = None, tell: Tell = say_nothing
+) -> FoundModel:
+    """Return the model of a run folder or an adapter folder, as :func:`find_model` does, and of nothing else."""
+    if (folder / "run.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return find_run(folder, base=base, tell=tell)
+    for run_dir in list(folder.resolve().parents)[:3]:
+        if (run_dir / "run.json").is_file():
+            return find_run(run_dir, adapter=folder, base=base, tell=tell)
+    return _find_adapter(folder, base, recipe, tell)
+
+
+def find_run(
+    run_dir: Path, *, adapter: Path | None = None, base: str | None = None, tell: Tell = say_nothing
+) -> FoundModel:
+    """Return the model of a run; ``adapter`` may be that of a checkpoint.
+
+    Raises:
+        RunError: no readable run.json. BaseModelError: the weights are not those of the run. RecipeError: the
+            recipe renders another text than it did then. AdapterError: there is no adapter yet.
+    """
+    record = read_run_record(run_dir)
+    if adapter is None:
+        adapter = run_dir / "adapter"
+        if record.result is None and not adapter.is_dir():
+            raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no adapter/ yet.")
+    read_adapter_config(adapter)
+    recipe = PromptRecipe.from_json(record.recipe)
+    if base is None:
+        found = reopen_base(record.base, tell=tell)
+    else:
+        found = resolve_base(BaseSettings(model=base), tell=tell)
+        check_same_base(record.base, found)
+    trusted = bool(record.settings.get("base", {}).get("trust_remote_code"))
+    tokenizer = load_tokenizer(found, trust_remote_code=trusted)
+    return FoundModel(str(run_dir), found, adapter, recipe, tokenizer, record)
+
+
+def _find_adapter(folder: Path, base: str | None, recipe: PromptRecipe | None, tell: Tell) -> FoundModel:
+    """Return a plain PEFT folder, which knows its base's name but not the recipe it was trained with."""
+    name = base or named_base(read_adapter_config(folder), folder)
+    found = resolve_base(BaseSettings(model=name), tell=tell)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(ResolvedBase(found.ref, folder) if has_tokenizer else found)
+    why = f"{folder} has no run.json, so how it was prompted in training is not known. "
+    recipe, notes = _settle_recipe(recipe, tokenizer, why)
+    return FoundModel(str(folder), found, folder, recipe, tokenizer, notes=notes)
+
+
+def _refuse_mistyped_run(folder: Path) -> None:
+    # A Hub id has a slash too, but its first part is no folder of runs here.
+    if folder.exists():
+        return
+    runs_beside = sorted(file.parent.name for file in folder.parent.glob("*/run.json"))
+    if runs_beside:
+        near = difflib.get_close_matches(folder.name, runs_beside, n=1)
+        hint = f"Did you mean {folder.parent / near[0]}?" if near else f"There are: {', '.join(runs_beside)}."
+        raise RunError(f"There is no run {folder.name} in {folder.parent}. {hint}")
+
+
+def _settle_recipe(
+    recipe: PromptRecipe | None, tokenizer: "PreTrainedTokenizerBase", why: str = ""
+) -> tuple[PromptRecipe, tuple[str, ...]]:
+    """Return the given recipe, or the one that suits the tokenizer and a note that says so."""
+    if recipe is not None:
+        return recipe, ()
+    chosen, reason = choose_recipe(PromptSettings(), tokenizer)
+    return chosen, (f"{why}It is asked with the recipe {chosen.name}: {reason}.",)
+
+
+def _read_recipe(place: Path) -> PromptRecipe:
+    """Return the recipe in a merged folder's lorasmith.json."""
+    try:
+        return PromptRecipe.from_json(json.loads(place.read_text(encoding="utf-8"))["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{place} holds no prompt recipe ({error}). Merge the run again.") from error
