@@ -252,10 +252,36 @@ def test_a_crash_loses_no_finished_shard(write, recipe, tiny_tokenizer, small_sh
 def test_a_half_written_shard_is_written_again(write, recipe, tiny_tokenizer, tmp_path, written):
     data = DataSettings(train=write(many(5)), cache_dir=str(tmp_path / "cache"))
     whole = as_lists(prepare_dataset(data, recipe, tiny_tokenizer))
-    (rows,) = (tmp_path / "cache" / "data" / "shards").rglob("*.npz")
+    (rows,) = (tmp_path / "cache" / "data" / "shards").rglob("*.rows")
     rows.unlink()  # as if the machine had stopped between the two files
     assert as_lists(prepare_dataset(data, recipe, tiny_tokenizer)) == whole
     assert len(written) == 2
+
+
+@pytest.mark.parametrize("kind", ["shards/**/*.npy", "shards/**/*.rows", "index/*.rows"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_cache_is_made_again(write, recipe, tiny_tokenizer, tmp_path, kind, harm):
+    data = DataSettings(train=write(many(5)), cache_dir=str(tmp_path / "cache"))
+    whole = as_lists(prepare_dataset(data, recipe, tiny_tokenizer))
+    (file,) = (tmp_path / "cache" / "data").glob(kind)
+    content = file.read_bytes()
+    if harm == "flip":
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
+    assert as_lists(prepare_dataset(data, recipe, tiny_tokenizer)) == whole
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "[]"), ("a.jsonl", ""), ("a.csv", "prompt,completion\n")]
+)
+def test_an_empty_file_is_told_as_empty(tmp_path, recipe, tiny_tokenizer, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name} is empty: there is no row in it"):
+        prepare_dataset(DataSettings(train=str(tmp_path / name)), recipe, tiny_tokenizer)
 
 
 def test_worker_processes_give_the_same(write, recipe, tiny_tokenizer, small_shards, monkeypatch, written):

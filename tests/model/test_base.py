@@ -186,6 +186,18 @@ def test_a_hub_model_is_pinned_to_its_commit(monkeypatch, folder):
     assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith((".bin", ".py"))]
 
 
+def test_a_tokenizer_is_fetched_without_the_weights(monkeypatch, folder):
+    (folder / "model.safetensors").unlink()
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda id, **options: asked.update(options) or str(folder)
+    )
+    found = resolve_base(BaseSettings(model="owner/name"), fetches_weights=False)
+    assert load_tokenizer(found).convert_tokens_to_ids("<|im_end|>") == 2
+    assert not [pattern for pattern in asked["allow_patterns"] if "safetensors" in pattern]
+    assert {"config.json", "tokenizer*"} <= set(asked["allow_patterns"])
+
+
 @pytest.mark.parametrize("model", ["folder", "smollm2-135m"])
 def test_a_revision_of_something_on_this_machine_is_refused(folder, model):
     with pytest.raises(BaseModelError, match="a revision is for Hub ids"):

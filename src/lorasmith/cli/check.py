@@ -80,7 +80,9 @@ def command(
         split=split,
     )
     base = resolve_base(
-        BaseSettings(model=model), tell=lambda line: None if as_json else console.print(escape(line))
+        BaseSettings(model=model),
+        tell=lambda line: None if as_json else console.print(escape(line)),
+        fetches_weights=False,
     )
     tokenizer = load_tokenizer(base)
     prompt_settings = PromptSettings(recipe=recipe, system=system, learn=learn)
@@ -259,6 +261,8 @@ def _print_verdict(receipt: "Receipt", train_command: str) -> None:
         if set(receipt.failed) != {OVERLONG}:
             text += " Fix them, or leave them out, counted, with --on-bad-row skip."
         console.print(text)
+    elif not receipt.rows_read:
+        console.print("[red]The data is empty:[/] there is no row in it.")
     elif not receipt.used:
         console.print("[red]No row can be used.[/]")
     else:

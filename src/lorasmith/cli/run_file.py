@@ -8,6 +8,7 @@ overrides both. All faults are reported together.
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +117,13 @@ def read_yaml(text: str) -> Any:
     """Return the value of a YAML text as run files are read: 1e-4 is a number, and no key may stand twice.
 
     Raises:
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError: it is not YAML, or YAML that no run file needs: aliases, other tags than YAML's own.
     """
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+    try:
+        return yaml.load(text, Loader=_RunFileLoader)
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's own slips: a 13th month, a number of 5,000 digits, a thousand brackets, a list as a key.
+        raise yaml.YAMLError(f"a value in it cannot be read ({error})") from error
 
 
 def make_run_name(text: str) -> str:
@@ -146,6 +151,8 @@ def _take_file(
         content = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -156,7 +163,7 @@ def _take_file(
     for section, settings in content.items():
         if section in RunFile.model_fields and isinstance(settings, dict):
             for key, value in settings.items():
-                if (section, key) in _PATHS and value not in _NAMES:
+                if (section, key) in _PATHS and isinstance(value, str) and value not in _NAMES:
                     value = _relative_to(path.parent, value)
                 _take(values, sources, f"{section}.{key}", value, str(path))
         elif section in RunFile.model_fields and settings is None:
@@ -164,7 +171,7 @@ def _take_file(
         elif section in RunFile.model_fields:
             first = next(name.partition(".")[2] for name in setting_names() if name.startswith(f"{section}."))
             faults.append(
-                f"{path}: {section} is {settings!r}; it is a section and holds settings, such as {first}"
+                f"{path}: {section} is {_show(settings)}; it is a section and holds settings, such as {first}"
             )
         else:
             faults.append(f"{path}: {_describe_unknown(str(section), is_section=True)}")
@@ -179,9 +186,9 @@ _NAMES = {
 }  # mean what they say, whatever files of that name there are
 
 
-def _relative_to(folder: Path, value: Any) -> Any:
+def _relative_to(folder: Path, value: str) -> str:
     """Return ``value`` as a path from the run file's folder if something is there, else as it is."""
-    if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
+    if not os.path.isabs(value) and os.path.exists(folder / value):  # Path.exists raises on a long name
         return os.path.normpath(folder / value)
     return value
 
@@ -220,7 +227,7 @@ def _describe(fault: Any, sources: Mapping[str, str], path: str | Path | None) -
     message = message[:1].lower() + message[1:]
     if name not in sources:  # a rule over several settings of a section
         return f"{name}: {message}"
-    return f"{source}: {name} is {fault['input']!r}: {message}"
+    return f"{source}: {name} is {_show(fault['input'])}: {message}"
 
 
 def _describe_unknown(name: str, *, is_section: bool) -> str:
@@ -242,8 +249,24 @@ def _describe_unknown(name: str, *, is_section: bool) -> str:
     return f"there is no setting {name}; {hint}"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but a key that stands twice is an error and 1e-4 is a number."""
+def _show(value: Any) -> str:
+    """Return a value as an error text quotes it: not longer than a line or two, whatever it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 120, 120
+    return short.repr(value)
+
+
+class _RunFileLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but a key that stands twice is an error and 1e-4 is a number.
+
+    Aliases are refused: nine lines of them can stand for a billion values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line} has an alias (*name); write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -256,7 +279,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeyLoader.add_implicit_resolver(
+_RunFileLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),

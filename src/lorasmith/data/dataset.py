@@ -37,7 +37,7 @@ ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it
 OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
 NO_ROOM = "no room for an answer"  # would leave without an answer
 _MAX_LISTED = 1000  # faults in an error's text
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 # (rows tokenised, share of the source that they are): what a progress bar needs
 Progress = Callable[[int, float], None]
@@ -128,10 +128,10 @@ def prepare_dataset(
 def raise_faults(receipt: Receipt, data: DataSettings) -> None:
     """Raise the error that lists every fault of a receipt; return if there is none."""
     if not receipt.failed:
+        if receipt.rows_read == 0:
+            raise DataError(f"{receipt.source} is empty: there is no row in it. Is it the right file?")
         if receipt.used == 0:
-            skipped = (
-                ", ".join(f"{n} {reason}" for reason, n in receipt.skipped.items()) or "the source is empty"
-            )
+            skipped = ", ".join(f"{n} {reason}" for reason, n in receipt.skipped.items())
             raise DataError(
                 f"{receipt.source}: no row can be used ({skipped}). A row needs a question and an answer; "
                 f"lorasmith check {receipt.source} shows the receipt."
@@ -177,7 +177,7 @@ def examine_dataset(
     )
     text_key = _sha256([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
     policies = [data.format, data.on_bad_row, data.max_seq_len, data.overlong]
-    path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.npz"
+    path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.rows"
     index = read_index(path)
     if index is None or any(read_shard_rows(writer.folder, key) is None for key in index.shard_keys):
         index = _make_index(opened, data, writer, text_key, progress or (lambda rows, share: None))

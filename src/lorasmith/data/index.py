@@ -1,6 +1,6 @@
 """The index of a tokenised source: for each used row, where its tokens are and where it came from.
 
-One .npz file named by everything that it depends on. With it a second start reads no row of the data.
+One file named by everything that it depends on (cache.py). With it a second start reads no row of the data.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasmith.data.cache import write_to_cache
+from lorasmith.data.cache import read_arrays, write_arrays
 from lorasmith.data.receipt import Receipt
 
 
@@ -47,16 +47,15 @@ def write_index(path: Path, index: RowIndex) -> None:
     columns = {column.name: getattr(index.table, column.name) for column in fields(RowTable)}
     # A receipt may quote rows with any character: ASCII JSON, as bytes.
     meta_bytes = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write_to_cache(path, lambda file: np.savez(file, meta=meta_bytes, **columns))
+    write_arrays(path, {"meta": meta_bytes, **columns})
 
 
 def read_index(path: Path) -> RowIndex | None:
-    """Return the index that was written there, None if none was."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            meta = json.loads(arrays["meta"].tobytes())
-            table = RowTable(*(arrays[column.name] for column in fields(RowTable)))
-    except (FileNotFoundError, NotADirectoryError):
+    """Return the index that was written there, None if none was or it is damaged."""
+    arrays = read_arrays(path)
+    if arrays is None:
         return None
+    meta = json.loads(arrays["meta"].tobytes())
+    table = RowTable(*(arrays[column.name] for column in fields(RowTable)))
     receipt = Receipt.from_json(meta["receipt"])
     return RowIndex(table, tuple(meta["files"]), tuple(meta["shard_keys"]), receipt)

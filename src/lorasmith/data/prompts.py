@@ -404,12 +404,12 @@ def _adds_bos(tokenizer) -> bool:
 
 
 def _read_template(path_text: str) -> tuple[str, str]:
-    path = Path(path_text).expanduser()
     try:
+        path = Path(path_text).expanduser()
         template = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8; U+0000 in the name; ~nobody
         raise SettingsError(
-            f"prompt.recipe: {path_text!r} is not auto, alpaca or chat, and cannot be read as a template "
+            f"prompt.recipe: {path_text[:200]!r} is not auto, alpaca or chat, and cannot be read as a template "
             f"file ({error}). Give one of the three names, or the path of a .jinja file in UTF-8."
         ) from error
     name = path.name if path.stem in ("auto", "alpaca", "chat") else path.stem

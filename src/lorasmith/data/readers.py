@@ -131,7 +131,7 @@ def _is_whole(path: Path) -> bool:
         first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     try:
         json.loads(first.decode("utf-8-sig", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -297,23 +297,34 @@ def read_parquet(path: Path, name: str, position: Position) -> Iterator[Item]:
 
     Raises:
         MissingExtraError: pyarrow is not installed.
-        DataError: the file is not Parquet.
+        DataError: the file is not Parquet, or damaged.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"Reading {name}", "pyarrow", "parquet") from error
+    # What is damaged shows where it is met: in the footer, in a page, in a text, in a number.
+    faults = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except faults as error:
         raise DataError(
             f"{name} is not a Parquet file ({error}). Give a .parquet, .json, .jsonl or .csv file."
         ) from error
     number, size = 0, path.stat().st_size
     with file:
-        for batch in file.iter_batches(batch_size=1000):
-            for fields in batch.to_pylist():
+        batches = file.iter_batches(batch_size=1000)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except faults as error:
+                raise DataError(
+                    f"{name} is damaged: after row {number:,} it cannot be read ({error}). Write or copy it again."
+                ) from error
+            for fields in rows:
                 number += 1
                 yield Row(fields, f"{name}:{number}")
             position.done = size * number // max(1, file.metadata.num_rows)

@@ -1,21 +1,24 @@
 """Tokenised rows on the disk: a shard is the tokens of 10,000 examples, named by what they were made from.
 
     <key>.npy    int32 [all tokens of the shard]; a token that is not learnt stands as its complement, ~id
-    <key>.npz    int32 [rows]: number of tokens (-1: the recipe refused the row), number of learnt tokens
+    <key>.rows   int32 [rows]: number of tokens (-1: the recipe refused the row), number of learnt tokens;
+                 the sha256 of the .npy file
 
-The .npz file is written last, each of the two under another name first: if it is there the shard is whole.
+The .rows file is written last, each of the two under another name first, and each is known by its sha256: a
+shard that a crash or a bad disk left damaged is made again.
 The key holds every example's text, the recipe and the tokenizer, so a shard is found again after a crash,
 after rows were appended to the file, and in another file with the same rows; it is never out of date.
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lorasmith.data.cache import write_to_cache
+from lorasmith.data.cache import read_arrays, write_arrays, write_to_cache
 from lorasmith.data.example import Example, Message
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.tokens import Encoder
@@ -74,22 +77,31 @@ def write_shard(
             lengths.append(len(ids))
             num_learnt.append(int(is_learnt.sum()))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    write_to_cache(_tokens_path(folder, key), lambda file: np.save(file, tokens.astype(np.int32, copy=False)))
+    content = io.BytesIO()
+    np.save(content, tokens.astype(np.int32, copy=False))
+    write_to_cache(_tokens_path(folder, key), lambda file: file.writelines((content.getbuffer(),)))
     rows = {
         "lengths": np.array(lengths, np.int32),
         "num_learnt": np.array(num_learnt, np.int32),
         "refusals": np.array(refusals, np.str_),
+        "sha256": np.frombuffer(hashlib.sha256(content.getbuffer()).digest(), np.uint8),
     }
-    write_to_cache(_rows_path(folder, key), lambda file: np.savez(file, **rows))
+    write_arrays(_rows_path(folder, key), rows)
 
 
 def read_shard_rows(folder: Path, key: str) -> ShardRows | None:
-    """Return what is known of a finished shard's rows, None if the shard is not finished."""
-    try:
-        with np.load(_rows_path(folder, key), allow_pickle=False) as rows:
-            return ShardRows(rows["lengths"], rows["num_learnt"], tuple(rows["refusals"].tolist()))
-    except (FileNotFoundError, NotADirectoryError):
+    """Return what is known of a finished shard's rows; None if it is not finished, or either file is damaged."""
+    rows = read_arrays(_rows_path(folder, key))
+    if rows is None:
         return None
+    try:
+        with _tokens_path(folder, key).open("rb") as tokens:
+            digest = hashlib.file_digest(tokens, "sha256").digest()
+    except OSError:
+        return None
+    if digest != rows["sha256"].tobytes():
+        return None
+    return ShardRows(rows["lengths"], rows["num_learnt"], tuple(rows["refusals"].tolist()))
 
 
 def open_shard_tokens(folder: Path, key: str) -> np.ndarray:
@@ -108,4 +120,4 @@ def _tokens_path(folder: Path, key: str) -> Path:
 
 
 def _rows_path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.npz"
+    return folder / key[:2] / f"{key}.rows"

@@ -111,7 +111,12 @@ def open_source(source: str | Path, *, split: str = "train") -> Source:
         DataError: there is no such file, no data file in the folder, or the Hub has no such data set.
         MissingExtraError: a Hub data set is named, and the package ``datasets`` is not installed.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, U+0000 in it, ~nobody
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise DataError(f"{str(source)[:200]!r} cannot be opened: {error}.") from error
     if path.is_dir():
         return Source(str(source), _files_of_folder(path))
     if path.exists():

