@@ -9,6 +9,7 @@ TRL's own evaluation of them.
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def example_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
         return batch["attention_mask"].sum(1).tolist()
     positions = batch["position_ids"].flatten()
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
-    return [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    return [stop - start for start, stop in itertools.pairwise(starts)]
 
 
 def pad_rows(num_tokens: int) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, torch.Tensor]]:
