@@ -39,9 +39,17 @@ def visible(pack, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("value_size", [8, 5])
-def test_it_equals_dense_attention(window, softcap, value_size):
+@pytest.mark.parametrize(
+    ("backend", "softcap", "value_size"),
+    [
+        ("bucketed", None, 8),
+        ("bucketed", 1.5, 8),
+        ("bucketed", None, 5),
+        ("masked", None, 8),
+        ("masked", None, 5),
+    ],
+)
+def test_it_equals_dense_attention(backend, window, softcap, value_size):
     pack = make_pack()
     T, H, G, K = pack.num_tokens, 4, 2, 8
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +64,7 @@ def test_it_equals_dense_attention(window, softcap, value_size):
         scaling=0.3,
         sliding_window=window,
         softcap=softcap,
-        pack_layout=lay_out_attention(pack),
+        pack_layout=lay_out_attention(pack, backend, "cpu"),
     )
     scores = query @ key.repeat_interleave(H // G, 1).transpose(2, 3) * 0.3
     if softcap is not None:

@@ -1,5 +1,7 @@
 """Packs give the loss and the gradients that plain transformers + PEFT gives for the examples one by one."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -100,8 +102,10 @@ EXAMPLES = [
         {},
         {"share_prefixes": False},
         {"chunked_loss": False},
+        {"fused_lora": False},
+        {"attention": "masked"},
         {"attention": "padded"},
-        {"attention": "padded", "chunked_loss": False},
+        {"attention": "padded", "chunked_loss": False, "fused_lora": False},
         {"gradient_checkpointing": True},
     ],
     ids=str,
@@ -126,6 +130,18 @@ def test_checkpointing_can_be_switched_between_packs_and_moves_no_bit(family):
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
         assert torch.equal(gradient, found[2][name]), name
+
+
+@pytest.mark.slow
+def test_compiled_layers_equal_one_by_one():
+    model = adapted("llama").train()
+    plain = plain_loss_and_gradients(model, EXAMPLES)
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about this torch build
+        packed = packed_loss_and_gradients(model, EXAMPLES, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert_same(plain, packed)
 
 
 @pytest.mark.parametrize("max_tokens", [12, 50, 60, 70])

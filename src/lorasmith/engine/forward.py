@@ -16,7 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample
-from lorasmith.engine.attention import PACKED, lay_out_attention, why_not_packed
+from lorasmith.engine.attention import (
+    PACKED,
+    Backend,
+    choose_backend,
+    lay_out_attention,
+    why_not,
+    why_not_packed,
+)
+from lorasmith.engine.compilation import compile_layers, why_not_compile
 from lorasmith.engine.frozen import (
     FrozenStates,
     compute_frozen_states,
@@ -24,9 +32,11 @@ from lorasmith.engine.frozen import (
     num_bytes,
     only_layers,
 )
+from lorasmith.engine.linear import restore_lora, speed_up_lora
 from lorasmith.engine.loss import summed_cross_entropy
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
+from lorasmith.model.device import measure_cpu
 from lorasmith.packing.trie import Pack, pack_examples
 
 # Settings by which a model changes its logits after the head; each needs the model's own head.
@@ -41,10 +51,15 @@ class PackForward:
         config = base.config.get_text_config()
         notes: list[str] = []
         reason = why_not_packed(base)
-        if settings.attention == "packed" and reason:
-            raise SettingsError(
-                f"engine.attention is packed, but {reason}. Use engine.attention=auto or padded for this model."
-            )
+        device = base.get_output_embeddings().weight.device
+        self._backend: Backend = choose_backend(base, device)
+        if settings.attention not in ("auto", "padded"):
+            self._backend = settings.attention
+            reason = reason or why_not(base, self._backend, device)
+            if reason:
+                raise SettingsError(
+                    f"engine.attention is {settings.attention}, but {reason}. Use engine.attention=auto for this model."
+                )
         self.packed = settings.attention != "padded" and reason is None
         if not self.packed and reason:
             notes.append(f"padded rows instead of packs: {reason}")
@@ -70,12 +85,25 @@ class PackForward:
                 f"logits by the model's own head: {own_head[0] if own_head else 'the head is trained'}"
             )
         self._head = head
+        self._product_dtype = _choose_product_dtype(settings, device, base.dtype)
+        if self._product_dtype is not None:
+            notes.append(
+                f"matrix products in float32: this CPU is slower in {str(base.dtype).removeprefix('torch.')}"
+            )
+        restore_lora(base)  # of an earlier PackForward
+        if settings.fused_lora:
+            speed_up_lora(base, self._product_dtype)
         self._frozen: dict[str, FrozenStates] = {}
         self._cut = 0
         if settings.reuse_frozen_layers and self.packed and dropout == 0.0:
             self._cut = first_adapted_layer(self._decoder)
         if settings.gradient_checkpointing is True:
             self.set_checkpointing(True)
+        if settings.compile is True and (reason := why_not_compile(self._decoder, device)):
+            notes.append(f"not compiled: {reason}")
+        elif settings.compile is True:
+            compile_layers(self._decoder)
+            notes.append("the layers are compiled at the first step, which takes a minute or two")
         self.notes = tuple(notes)
 
     @property
@@ -153,7 +181,8 @@ class PackForward:
         self._base.set_attn_implementation("sdpa")
         self._model.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self._base.set_attn_implementation(PACKED if self.packed else "sdpa")
             self._model.train(was_training)
@@ -169,7 +198,9 @@ class PackForward:
         if self._chunked:
             hidden = self._run(self._decoder, pack, name).last_hidden_state
             learnt = hidden.flatten(0, 1).index_select(0, self._learnt_rows(pack))
-            return summed_cross_entropy(learnt, self._head.weight, self._head.bias, targets, weights)
+            return summed_cross_entropy(
+                learnt, self._head.weight, self._head.bias, targets, weights, self._product_dtype
+            )
         if self.packed:
             logits = self._run(self._base, pack, name, logits_to_keep=self._learnt_rows(pack)).logits[0]
         else:
@@ -179,6 +210,14 @@ class PackForward:
 
     def _run(self, module: Any, pack: Pack, name: str | None = None, **extra: Any) -> Any:
         """Call ``module``, the decoder or the whole model, on ``pack`` and return its output value."""
+        # A pass without gradients would be compiled once more, for a few passes a run.
+        eager = (
+            contextlib.nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager")
+        )
+        with eager:
+            return self._run_layers(module, pack, name, **extra)
+
+    def _run_layers(self, module: Any, pack: Pack, name: str | None, **extra: Any) -> Any:
         if not self.packed:
             return module(**self._padded_inputs(pack), use_cache=False, **extra)
         if name in self._frozen:
@@ -190,7 +229,7 @@ class PackForward:
         return module(
             **inputs,
             position_ids=torch.from_numpy(pack.position_ids).to(self.device)[None],
-            pack_layout=lay_out_attention(pack, self.device),
+            pack_layout=lay_out_attention(pack, self._backend, self.device, self._product_dtype),
             use_cache=False,
         )
 
@@ -229,3 +268,16 @@ class PackForward:
         with only_layers(self._decoder, slice(self._cut, None), keep_norm=True):
             split = self._run_packed(self._decoder, pack, inputs_embeds=lower).last_hidden_state
         return bool(torch.allclose(whole, split, rtol=1e-4, atol=1e-4))
+
+
+def _choose_product_dtype(
+    settings: EngineSettings, device: torch.device, dtype: torch.dtype
+) -> torch.dtype | None:
+    """Return float32 if a 16-bit base is to be multiplied in float32, None if products stay in its own format."""
+    if device.type != "cpu" or dtype is torch.float32 or settings.product_dtype == "same":
+        return None
+    if settings.product_dtype == "auto":
+        speeds = measure_cpu()
+        if speeds.bfloat16 > speeds.float32:
+            return None
+    return torch.float32

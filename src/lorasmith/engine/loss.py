@@ -20,27 +20,31 @@ def summed_cross_entropy(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     weights: torch.Tensor,
+    product_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return ``sum_n weights[n] * cross_entropy(head @ hidden[n], targets[n])``, a float32 scalar.
 
     ``hidden`` [N, D] in the compute dtype, ``head`` [V, D] and ``bias`` [V] frozen, ``targets`` int64 [N],
     ``weights`` float32 [N]. The gradient of ``hidden`` is made in the forward pass, while the logits are there.
+    ``product_dtype`` is what matrix products are computed in, None for that of ``hidden``.
     """
     if head.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the output head must be frozen: its gradient is not computed here")
-    return _SummedCrossEntropy.apply(hidden, head, bias, targets, weights)  # type: ignore[no-any-return]
+    return _SummedCrossEntropy.apply(hidden, head, bias, targets, weights, product_dtype or hidden.dtype)  # type: ignore[no-any-return]
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, head, bias, targets, weights):
+    def forward(ctx: Any, hidden, head, bias, targets, weights, product_dtype):
         rows = max(1, _CHUNK_BYTES // (4 * head.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
+        factors, head = hidden.to(product_dtype), head.to(product_dtype)
+        bias = None if bias is None else bias.to(product_dtype)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], head, bias).float()
+            logits = torch.nn.functional.linear(factors[part], head, bias).float()
             peak = logits.amax(dim=-1, keepdim=True)
             wanted = logits.gather(1, targets[part, None]).squeeze(1) - peak.squeeze(1)
             shares = logits.sub_(peak).exp_()
@@ -56,4 +60,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream):
         gradient = ctx.gradient
-        return (None if gradient is None else gradient * upstream.to(gradient.dtype)), None, None, None, None
+        return (
+            (None if gradient is None else gradient * upstream.to(gradient.dtype)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

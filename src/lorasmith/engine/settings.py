@@ -10,15 +10,29 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    attention: Literal["auto", "packed", "padded"] = Field(
+    attention: Literal["auto", "bucketed", "flex", "masked", "padded"] = Field(
         default="auto",
-        description="packed: examples of a step share one sequence, isolated from each other; "
-        "padded: one example a row through stock transformers; auto: packed where the model allows it",
+        description="how packs are computed: bucketed (batched products, for CPUs), flex (FlexAttention, for CUDA), "
+        "masked (a mask matrix, anywhere); padded: no packs, one example a row through stock transformers; "
+        "auto: the fastest that the model and the device allow",
     )
     share_prefixes: bool = Field(
         default=True, description="compute a prefix that several examples share only once"
     )
     chunked_loss: bool = Field(default=True, description="logits for learnt tokens only, a chunk at a time")
+    fused_lora: bool = Field(
+        default=True, description="compute a layer and its adapter as one function that keeps its input once"
+    )
+    product_dtype: Literal["auto", "float32", "same"] = Field(
+        default="auto",
+        description="number format of matrix products over a 16-bit base: same as the base, or float32, which is "
+        "several times faster on CPUs without 16-bit units; auto: by a short measurement",
+    )
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="fuse what stands between matrix products by torch.compile; takes a minute or two at the "
+        "start; auto: only if the run is long enough to earn that back",
+    )
     reuse_frozen_layers: bool = Field(
         default=True,
         description="compute the layers below the first adapted one once a run, not once an epoch",
