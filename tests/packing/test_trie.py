@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
+from lorasmith.packing.cost import PackCost
 from lorasmith.packing.plan import predict_gain
 from lorasmith.packing.trie import Segment, count_tokens, pack_examples
 
@@ -74,6 +75,21 @@ def test_without_sharing_each_example_is_one_segment_in_the_given_order():
     assert only.input_ids.tolist() == [P, B, P, A]
     assert only.position_ids.tolist() == [0, 1, 0, 1]
     assert only.examples == (0, 1)
+
+
+def test_packs_are_evened_out_by_cost_not_by_tokens():
+    # 6 examples of 9 tokens, one token learnt; 2 of 9 tokens, all learnt: at 10 tokens a learnt one, 8 times as dear.
+    examples = [make([100 + i, *range(200, 209)], 1 if i < 6 else 9) for i in range(8)]
+    by_tokens = pack(examples, max_tokens=40)
+    assert [len(p.examples) for p in by_tokens] == [4, 4]
+    by_cost = pack(examples, max_tokens=60, cost=PackCost(per_token=1, per_learnt=10))
+    assert [p.examples for p in by_cost] == [(0, 1, 2, 3, 4, 5), (6, 7)]
+
+
+def test_cost_counts_tokens_learnt_tokens_and_visible_pairs():
+    cost = PackCost(per_token=2, per_learnt=6, per_pair=4)
+    # Tokens 2 to 4 see 3 + 4 tokens: 2 * 2 + 6 * 1 + 4 * 7 = 38 FLOP, those of 19 tokens.
+    assert cost.in_tokens(np.array([2]), np.array([4]), np.array([1])).tolist() == [19]
 
 
 def test_packs_are_evened_out():

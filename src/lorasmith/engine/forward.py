@@ -37,6 +37,7 @@ from lorasmith.engine.loss import summed_cross_entropy
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
 from lorasmith.model.device import measure_cpu
+from lorasmith.packing.cost import PackCost
 from lorasmith.packing.trie import Pack, pack_examples
 
 # Settings by which a model changes its logits after the head; each needs the model's own head.
@@ -85,6 +86,7 @@ class PackForward:
                 f"logits by the model's own head: {own_head[0] if own_head else 'the head is trained'}"
             )
         self._head = head
+        self.cost = _count_cost(self._decoder, head, config)
         self._product_dtype = _choose_product_dtype(settings, device, base.dtype)
         if self._product_dtype is not None:
             notes.append(
@@ -281,3 +283,13 @@ def _choose_product_dtype(
         if speeds.bfloat16 > speeds.float32:
             return None
     return torch.float32
+
+
+def _count_cost(decoder: Any, head: nn.Module, config: Any) -> PackCost:
+    """Return what a pack costs: two FLOP a token for every number of a matrix, in one forward pass."""
+    matrices = (p.numel() for p in getattr(decoder, "layers", decoder).parameters() if p.dim() == 2)
+    return PackCost(
+        per_token=2.0 * sum(matrices),
+        per_learnt=2.0 * head.weight.numel(),
+        per_pair=4.0 * config.num_hidden_layers * config.hidden_size,
+    )

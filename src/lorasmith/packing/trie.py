@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
+from lorasmith.packing.cost import PackCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,37 +76,43 @@ def pack_examples(
     max_examples: int | None = None,
     share_prefixes: bool = True,
     min_prefix_tokens: int = 8,
+    cost: PackCost = PackCost(),  # noqa: B008 (frozen)
 ) -> list[Pack]:
     """Return packs of at most ``max_tokens`` tokens that hold ``dataset[i]`` for i in ``indices``, none split.
 
     An example that alone is longer than ``max_tokens`` gets a pack of its own. As few packs as the order
-    allows are made, then their sizes are evened out, since the longest decides the memory.
+    allows are made, then their costs are evened out: the largest decides the memory, and with several processes
+    the time.
 
     A prefix shorter than ``min_prefix_tokens`` is repeated: a segment of its own would cost more than it saves.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     examples = [dataset[index] for index in indices]
-    order = list(range(len(examples)))
-    shared = np.zeros(len(examples), np.int64)
     if share_prefixes:
-        order.sort(key=lambda place: _sort_key(examples[place]))
-        shared = _shared_with_previous([examples[place].input_ids[:-1] for place in order])
-        # A branch begins at most min_prefix_tokens - 1 tokens before the place where two examples part.
-        shared = np.maximum(shared - (min_prefix_tokens - 1), 0)
-    lengths = np.array([len(examples[place].input_ids) - 1 for place in order], np.int64)
+        keyed = sorted(zip(map(_sort_key, examples), indices, range(len(examples)), strict=True))
+        numbered = [(index, examples[place]) for _, index, place in keyed]
+    else:
+        numbered = list(zip(indices, examples, strict=True))
+    inputs = [example.input_ids[:-1] for _, example in numbered]
+    shared = _shared_with_previous(inputs) if share_prefixes else np.zeros(len(inputs), np.int64)
+    lengths = np.array([len(ids) for ids in inputs], np.int64)
+    num_learnt = np.array([(example.labels[1:] != IGNORE_INDEX).sum() for _, example in numbered], np.int64)
+    # A branch begins at most min_prefix_tokens - 1 tokens before the place where two examples part.
+    saved = np.maximum(shared - (min_prefix_tokens - 1), 0)
+    alone = cost.in_tokens(np.zeros_like(lengths), lengths, num_learnt)
+    after = cost.in_tokens(saved, lengths, num_learnt)  # behind the one before it in the same pack
     packs = []
-    for run in _split_evenly(lengths, shared, max_tokens, max_examples):
-        members = [order[place] for place in run]
-        named = [(indices[member], examples[member]) for member in members]
-        packs.append(_lay_out(named, min_prefix_tokens if share_prefixes else None))
+    for low, high in _split_evenly(lengths, lengths - saved, alone, after, max_tokens, max_examples):
+        prefixes = np.concatenate([[0], shared[low + 1 : high]])
+        packs.append(_lay_out(numbered[low:high], prefixes, min_prefix_tokens if share_prefixes else None))
     return packs
 
 
 def count_tokens(examples: Sequence[TokenizedExample], *, min_prefix_tokens: int = 8) -> tuple[int, int]:
     """Return the tokens of ``examples`` in one pack without and with shared prefixes, without laying it out."""
     inputs = [example.input_ids[:-1] for example in sorted(examples, key=_sort_key)]
-    branches, _ = _branch(inputs, min_prefix_tokens)
+    branches, _ = _branch(inputs, _shared_with_previous(inputs), min_prefix_tokens)
     return sum(len(ids) for ids in inputs), sum(branch.end - branch.begin for branch in branches)
 
 
@@ -120,13 +127,13 @@ class _Branch:
 
 
 def _branch(
-    inputs: list[np.ndarray], min_prefix_tokens: int | None
+    inputs: list[np.ndarray], shared: np.ndarray, min_prefix_tokens: int | None
 ) -> tuple[list[_Branch], list[tuple[int, ...]]]:
     """Return the branches of the trie over sorted ``inputs``, and for each input its branches from the root on.
 
+    ``shared`` says how many leading tokens each input has in common with the one before it.
     None for ``min_prefix_tokens``: nothing is shared, in whatever order the inputs are.
     """
-    shared = _shared_with_previous(inputs)
     branches: list[_Branch] = []
     paths: list[tuple[int, ...]] = [()] * len(inputs)
 
@@ -174,65 +181,73 @@ def _common_length(left: np.ndarray, right: np.ndarray) -> int:
 
 
 def _split_evenly(
-    lengths: np.ndarray, shared: np.ndarray, max_tokens: int, max_examples: int | None
-) -> list[list[int]]:
-    """Cut the sequence of places into runs whose distinct tokens fit ``max_tokens``.
+    lengths: np.ndarray,
+    added: np.ndarray,
+    alone: np.ndarray,
+    after: np.ndarray,
+    max_tokens: int,
+    max_examples: int | None,
+) -> list[tuple[int, int]]:
+    """Cut the sequence of places into runs (low, high) whose distinct tokens fit ``max_tokens``.
 
-    Filling each run to the brim gives the fewest runs, with a small last one. The smallest limit that still
-    gives as few is found by bisection: 3 runs of 900, 900, 200 tokens become about 700, 700, 600.
+    An example has ``lengths`` tokens and costs ``alone`` at the head of a run; behind another it adds ``added``
+    tokens and costs ``after``. Filling each run to the brim gives the fewest runs, with a small last one. The
+    smallest limit of cost that still gives as few is found by bisection: 900, 900, 200 become about 700, 700, 600.
     """
+    sizes = list(zip(lengths.tolist(), added.tolist(), alone.tolist(), after.tolist(), strict=True))
 
-    def fill(limit: int) -> list[list[int]]:
-        runs: list[list[int]] = []
-        used = 0
-        for place, length in enumerate(lengths.tolist()):
-            added = length - int(shared[place])
-            full = bool(runs) and max_examples is not None and len(runs[-1]) >= max_examples
-            if not runs or full or used + added > limit:
-                runs.append([place])
-                used = length
+    def fill(limit: int) -> list[tuple[int, int]]:
+        starts: list[int] = []
+        tokens = spent = 0
+        for place, (length, more, first, next_) in enumerate(sizes):
+            full = bool(starts) and max_examples is not None and place - starts[-1] >= max_examples
+            if not starts or full or tokens + more > max_tokens or spent + next_ > limit:
+                starts.append(place)
+                tokens, spent = length, first
             else:
-                runs[-1].append(place)
-                used += added
-        return runs
+                tokens, spent = tokens + more, spent + next_
+        return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
 
-    fewest = fill(max_tokens)
-    low, high = 1, max_tokens
+    high = int(alone.sum())
+    fewest = len(fill(high))
+    low = 1 if fewest > 1 else high
     while low < high:
         middle = (low + high) // 2
-        if len(fill(middle)) <= len(fewest):
+        if len(fill(middle)) <= fewest:
             high = middle
         else:
             low = middle + 1
     return fill(high)
 
 
-def _lay_out(examples: list[tuple[int, TokenizedExample]], min_prefix_tokens: int | None) -> Pack:
+def _lay_out(
+    examples: list[tuple[int, TokenizedExample]], shared: np.ndarray, min_prefix_tokens: int | None
+) -> Pack:
     """Lay the numbered examples of one pack out; they are sorted by tokens where prefixes are shared."""
     inputs = [example.input_ids[:-1] for _, example in examples]
-    branches, paths = _branch(inputs, min_prefix_tokens)
+    branches, paths = _branch(inputs, shared, min_prefix_tokens)
     segments: list[Segment] = []
     for branch in branches:
         start = segments[-1].stop if segments else 0
         segments.append(Segment(start, start + branch.end - branch.begin, branch.parent))
 
-    weights: dict[tuple[int, int], int] = {}  # (logit position, target) -> the examples that ask for it
-    for place, (_, example) in enumerate(examples):
-        path = np.concatenate(
-            [np.arange(segments[index].start, segments[index].stop) for index in paths[place]]
-        )
-        labels = example.labels[1:]
+    predictions = []  # (logit position, target) in one number
+    for path, (_, example) in zip(paths, examples, strict=True):
+        spans = [np.arange(segments[index].start, segments[index].stop) for index in path]
+        positions = spans[0] if len(spans) == 1 else np.concatenate(spans)
+        labels = example.labels[1:].astype(np.int64)
         learnt = labels != IGNORE_INDEX
-        for prediction in zip(path[learnt].tolist(), labels[learnt].tolist(), strict=True):
-            weights[prediction] = weights.get(prediction, 0) + 1
+        predictions.append(positions[learnt] << 32 | labels[learnt])
+    # Examples that ask for the same prediction share it, with a weight.
+    distinct, counts = np.unique(np.concatenate(predictions), return_counts=True)
     return Pack(
         input_ids=np.concatenate([inputs[b.place][b.begin : b.end] for b in branches]).astype(np.int64),
         position_ids=np.concatenate([np.arange(b.begin, b.end) for b in branches]),
         owners=np.repeat([examples[b.place][0] for b in branches], [b.end - b.begin for b in branches]),
         segments=tuple(segments),
-        logit_positions=np.array([position for position, _ in weights], np.int64),
-        targets=np.array([target for _, target in weights], np.int64),
-        weights=np.array(list(weights.values()), np.float32),
+        logit_positions=distinct >> 32,
+        targets=distinct & 0xFFFFFFFF,
+        weights=counts.astype(np.float32),
         examples=tuple(number for number, _ in examples),
         paths=tuple(paths),
     )

@@ -208,6 +208,7 @@ def _pack(
         max_tokens=settings.micro_batch_tokens,
         max_examples=settings.micro_batch_size,
         share_prefixes=forward.share_prefixes,
+        cost=forward.cost,
     )
 
 
