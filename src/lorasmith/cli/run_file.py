@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorasmith.training.loop import StepReport
 
 ENVIRONMENT_PREFIX = "LORASMITH_"
+_MAX_BYTES = 1 << 16  # PyYAML takes seconds for what is larger, and it is no run file
 
 
 class RunFile(BaseModel):
@@ -147,6 +148,11 @@ def _take_file(
         near = difflib.get_close_matches(path.name, [p.name for p in Path(path.parent).glob("*.y*ml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else " Make one with: lorasmith init"
         raise SettingsError(f"There is no run file {path}.{hint}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise SettingsError(
+            f"{path} has {path.stat().st_size:,} bytes; a run file has at most {_MAX_BYTES:,}. Is it your data? "
+            "Data is named inside a run file, or with --data FILE."
+        )
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -97,6 +97,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
         AttributeError,
         NameError,
         ArithmeticError,
+        AssertionError,
         RuntimeError,
         MemoryError,
     ) as error:
