@@ -44,7 +44,12 @@ def main() -> None:
                     python or peer_python(".venv-llamafactory"),
                     str(BENCH / "contenders" / f"data_{tool}.py"),
                 ]
-                command += [str(files[tool]), base, str(options.max_seq_len), str(workers or 0)]
+                command += [
+                    str(files[tool]),
+                    base,
+                    str(options.max_seq_len),
+                    *([str(workers)] if workers else []),
+                ]
                 try:
                     result = run_measured(command)
                 except MeasuredError as fault:

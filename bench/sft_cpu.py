@@ -19,8 +19,8 @@ from side_by_side.task import Task
 from side_by_side.workers import WorkerDiedError
 
 CANDIDATES = {
-    "trl": {"trl-padded": (4, 8, 16), "trl-flat": (4, 8, 16), "trl-packed": (1, 2, 4)},
-    "trainer": {"trainer": (4, 8, 16)},
+    "trl": {"trl-padded": (2, 4, 8), "trl-flat": (4, 8, 16), "trl-packed": (1, 2, 4)},
+    "trainer": {"trainer": (2, 4, 8)},
     "recipe-2023": {"recipe-2023": (4,)},
 }
 

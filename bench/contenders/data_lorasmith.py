@@ -1,8 +1,9 @@
 """lorasmith's way from a data file to packs, once, with an empty cache.
 
-    python data_lorasmith.py ROWS.jsonl BASE MAX_SEQ_LEN WORKERS [BATCH_SIZE]
+    python data_lorasmith.py ROWS.jsonl BASE MAX_SEQ_LEN
 
-It starts a worker a core by itself; ``WORKERS`` fewer cores are given to it by the driver's affinity.
+Packs are laid out for every step of an epoch of BATCH_SIZE examples, in a seeded order. lorasmith decides by
+itself how many processes it takes: one a core where the rows are many.
 """
 
 import json
@@ -18,10 +19,11 @@ from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.packing.trie import pack_examples
 
+BATCH_SIZE = 32
+
 
 def main() -> None:
     rows, base, max_seq_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    batch_size = int(sys.argv[5]) if len(sys.argv) > 5 else 32
     tokenizer = AutoTokenizer.from_pretrained(base)
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
@@ -31,8 +33,8 @@ def main() -> None:
         tokenised = time.perf_counter()
         order = np.random.default_rng(0).permutation(len(dataset))
         num_packed = 0
-        for low in range(0, len(order), batch_size):  # every step of an epoch
-            packs = pack_examples(dataset, order[low : low + batch_size].tolist(), max_tokens=8192)
+        for low in range(0, len(order), BATCH_SIZE):
+            packs = pack_examples(dataset, order[low : low + BATCH_SIZE].tolist(), max_tokens=8192)
             num_packed += sum(pack.num_tokens for pack in packs)
         packed = time.perf_counter()
         examples = [dataset[i] for i in range(len(dataset))]

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
 from side_by_side.workers import Channel
 
 REPEATS = 3

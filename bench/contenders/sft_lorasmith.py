@@ -8,12 +8,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from lorasmith.model.memory import keep_freed_memory
 from side_by_side.flops import count_work
 from side_by_side.machine import describe_packages, forget_peak_memory, peak_memory_bytes
 from side_by_side.task import Examples, Task, count_learnt
 from side_by_side.workers import Channel
-
-from lorasmith.model.memory import keep_freed_memory
 
 
 def settings_of(task: Task) -> list[str]:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
 from side_by_side.flops import count_work
 from side_by_side.machine import describe_packages, forget_peak_memory, peak_memory_bytes
 from side_by_side.task import IGNORE_INDEX, Examples, Task, count_learnt
 from side_by_side.workers import Channel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 SETUPS = {
     "recipe-2023": "transformers.Trainer, every row padded to 256 tokens, activation checkpointing, float32",

@@ -27,8 +27,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def write_report(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` with the machine, the versions and the command that made it."""
-    command = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+    """Write ``content`` with the machine, the versions and the command that made it, files by their names alone."""
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    command = ["python", f"bench/{Path(sys.argv[0]).name}", *words]
     whole = {"command": command, "machine": describe_machine(), "packages": describe_packages(), **content}
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(whole, indent=1) + "\n")

@@ -22,6 +22,7 @@ here old between both life being under three never know same last another while 
 """
 _WORDS = _TEXT.split()
 _REPLACED_WORDS = 0.1  # share of words that another one of the file takes the place of
+_MOST_TRIES = 20  # for each row that is wanted
 _NUMBER = re.compile(r"\d+")
 
 
@@ -33,7 +34,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def resample_rows(rows: Sequence[Row], num_rows: int, seed: int = 0) -> Iterator[Row]:
-    """Yield rows like ``rows``: drawn from them, with other numbers and a tenth of the words exchanged."""
+    """Yield distinct rows like ``rows``: drawn from them, with other numbers and a tenth of the words exchanged.
+
+    Raises:
+        ValueError: they are too few or too short for so many.
+    """
     choose = random.Random(seed)
     words = [word for row in rows for text in row.values() for word in re.findall(r"[A-Za-z]+", text)]
 
@@ -47,8 +52,17 @@ def resample_rows(rows: Sequence[Row], num_rows: int, seed: int = 0) -> Iterator
             text,
         )
 
-    for _ in range(num_rows):
-        yield {key: change(text) for key, text in choose.choice(rows).items()}
+    seen: set[int] = set()
+    for _ in range(_MOST_TRIES * num_rows):
+        if len(seen) == num_rows:
+            return
+        row = {key: change(text) for key, text in choose.choice(rows).items()}
+        if (key := hash(tuple(row.values()))) not in seen:
+            seen.add(key)
+            yield row
+    raise ValueError(
+        f"{len(rows):,} short rows do not give {num_rows:,} distinct ones; {len(seen):,} were found"
+    )
 
 
 def synthetic_rows(num_rows: int, seed: int = 0) -> Iterator[Row]:

@@ -68,6 +68,29 @@ class UnequalError(RuntimeError):
     """Two contenders do not train the same, so comparing their speed would say nothing."""
 
 
+def check_loss(setting: str, ours: float, theirs: float, tolerance: float) -> None:
+    """Refuse a first loss that differs: the same weights on the same learnt tokens give the same loss.
+
+    Raises:
+        UnequalError: by more than ``tolerance``, a share of lorasmith's.
+    """
+    if not abs(theirs - ours) <= tolerance * ours:
+        raise UnequalError(
+            f"The loss of the first step is {ours:.5f} with lorasmith and {theirs:.5f} with {setting}; allowed is "
+            f"a difference of {tolerance:.1%}."
+        )
+
+
+def check_learnt(setting: str, ours: int, theirs: int) -> None:
+    """Refuse other learnt tokens.
+
+    Raises:
+        UnequalError: the numbers differ.
+    """
+    if theirs != ours:
+        raise UnequalError(f"Learnt tokens: {ours:,} with lorasmith, {theirs:,} with {setting}.")
+
+
 class Comparison:
     """The running contenders of one task."""
 
@@ -164,30 +187,24 @@ class Comparison:
         return self._summarise({name: taken[warmup:] for name, taken in steps.items()}, steps, bounds)
 
     def _check_equal(self, steps: dict[str, list[Step]]) -> None:
-        """Refuse contenders whose first loss, examples or learnt tokens differ from lorasmith's."""
         ours = steps["lorasmith"][0]
         for name, (setting, worker) in self.peers.items():
-            theirs = steps[name][0]
-            is_packed = setting.setup == "trl-packed"
-            loss = worker.ready["first_loss"] if is_packed else theirs.loss
+            theirs, ready = steps[name][0], worker.ready
             tolerance = TOLERANCE[self.task.dtype]
-            if abs(loss - ours.loss) > tolerance * ours.loss:
-                raise UnequalError(
-                    f"The loss of the first step is {ours.loss:.5f} with lorasmith and {loss:.5f} with {name} "
-                    f"({setting}); allowed is a difference of {tolerance:.1%}."
-                )
-            learnt, expected = theirs.work.num_learnt, ours.work.num_learnt
-            if is_packed:
-                learnt, expected = worker.ready["num_learnt"], self.ours.ready["num_learnt"]
-            elif theirs.work != ours.work:
-                raise UnequalError(
-                    f"The first step is {ours.work} with lorasmith and {theirs.work} with {name}."
-                )
-            if learnt != expected:
-                raise UnequalError(f"Learnt tokens: {expected:,} with lorasmith, {learnt:,} with {name}.")
-            tell(
-                f"  {name}: first loss {loss:.5f}, lorasmith {ours.loss:.5f}; {learnt:,} learnt tokens in both"
-            )
+            if (
+                setting.setup == "trl-packed"
+            ):  # its steps hold other examples: compared on an evaluation, and in all
+                check_loss(str(setting), ours.loss, ready["first_loss"], tolerance)
+                check_learnt(str(setting), self.ours.ready["num_learnt"], ready["num_learnt"])
+            else:
+                check_loss(str(setting), ours.loss, theirs.loss, tolerance)
+                check_learnt(str(setting), ours.work.num_learnt, theirs.work.num_learnt)
+                if theirs.work != ours.work:
+                    raise UnequalError(
+                        f"A step is {ours.work} with lorasmith and {theirs.work} with {setting}."
+                    )
+            loss = ready.get("first_loss", theirs.loss)
+            tell(f"  {name}: first loss {loss:.5f}, lorasmith {ours.loss:.5f}; the same learnt tokens")
 
     def _summarise(
         self, steps: dict[str, list[Step]], all_steps: dict[str, list[Step]], bounds: list[float]

@@ -65,6 +65,9 @@ def make_base(name: str, folder: Path, dtype: str = "float32", device: str = "cp
     finally:
         torch.set_default_dtype(default)
     model.save_pretrained(folder)
+    del model
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # the contenders need the room
     built_in = resolve_base(BaseSettings()).folder
     for file in ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         if (built_in / file).is_file():
