@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # Measured with SmolLM2-135M (30 layers, hidden 576, intermediate 1536) on two CPU cores, docs/results.md: 0.5 ms a
 # token saved, which is memory traffic and so grows with layers times width; 35 to 100 s to compile.
@@ -29,8 +30,11 @@ def why_not_compile(decoder: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def choose_compilation(config: Any, num_tokens: int, device: torch.device) -> tuple[bool, str]:
-    """Return whether to compile for a run of ``num_tokens`` in all, and the reason in words."""
+def choose_compilation(model: PreTrainedModel, num_tokens: int) -> tuple[bool, str]:
+    """Return whether to compile ``model`` for a run of ``num_tokens`` in all, and the reason in words."""
+    config, device = model.config.get_text_config(), model.device
+    if reason := why_not_compile(model.get_decoder(), device):
+        return False, reason
     if device.type != "cpu":
         return False, f"its gain on {device.type} is not measured yet; engine.compile=true tries it"
     width = config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

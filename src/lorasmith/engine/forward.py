@@ -32,11 +32,10 @@ from lorasmith.engine.frozen import (
     num_bytes,
     only_layers,
 )
-from lorasmith.engine.linear import restore_lora, speed_up_lora
+from lorasmith.engine.linear import choose_product_dtype, restore_lora, speed_up_lora
 from lorasmith.engine.loss import summed_cross_entropy
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
-from lorasmith.model.device import measure_cpu
 from lorasmith.packing.cost import PackCost
 from lorasmith.packing.trie import Pack, pack_examples
 
@@ -87,11 +86,13 @@ class PackForward:
             )
         self._head = head
         self.cost = _count_cost(self._decoder, head, config)
-        self._product_dtype = _choose_product_dtype(settings, device, base.dtype)
-        if self._product_dtype is not None:
-            notes.append(
-                f"matrix products in float32: this CPU is slower in {str(base.dtype).removeprefix('torch.')}"
-            )
+        products = settings.product_dtype
+        if products == "auto":
+            products = choose_product_dtype(device, base.dtype)
+        self._product_dtype: torch.dtype | None = None
+        if products == "float32" and base.dtype is not torch.float32:
+            self._product_dtype = torch.float32
+            notes.append(f"the {str(base.dtype).removeprefix('torch.')} base is multiplied in float32")
         restore_lora(base)  # of an earlier PackForward
         if settings.fused_lora:
             speed_up_lora(base, self._product_dtype)
@@ -127,6 +128,11 @@ class PackForward:
         """Whether the layers of this model can be told to recompute their activations."""
         return bool(self._base.supports_gradient_checkpointing)
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return bool(self._base.is_activation_checkpointing)
+
     def set_checkpointing(self, wanted: bool) -> None:
         """Recompute the layers' activations in the backward pass from now on, or keep them; the bits are the same.
 
@@ -142,7 +148,7 @@ class PackForward:
             self._base.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
-        elif self._base.is_activation_checkpointing:
+        elif self.checkpointing:
             self._base.activation_checkpointing_disable()
 
     def keep_frozen_states(
@@ -270,19 +276,6 @@ class PackForward:
         with only_layers(self._decoder, slice(self._cut, None), keep_norm=True):
             split = self._run_packed(self._decoder, pack, inputs_embeds=lower).last_hidden_state
         return bool(torch.allclose(whole, split, rtol=1e-4, atol=1e-4))
-
-
-def _choose_product_dtype(
-    settings: EngineSettings, device: torch.device, dtype: torch.dtype
-) -> torch.dtype | None:
-    """Return float32 if a 16-bit base is to be multiplied in float32, None if products stay in its own format."""
-    if device.type != "cpu" or dtype is torch.float32 or settings.product_dtype == "same":
-        return None
-    if settings.product_dtype == "auto":
-        speeds = measure_cpu()
-        if speeds.bfloat16 > speeds.float32:
-            return None
-    return torch.float32
 
 
 def _count_cost(decoder: Any, head: nn.Module, config: Any) -> PackCost:
