@@ -50,7 +50,7 @@ def main() -> None:
 
     from lorasmith.cli.run_file import load_run_file, prepare
     from lorasmith.training.job import hold_run, run_job
-    from lorasmith.training.schedule import examples_of_step
+    from lorasmith.training.schedule import order_steps
 
     is_cuda = task.device.startswith("cuda")
     said: list[str] = []
@@ -60,9 +60,8 @@ def main() -> None:
         job = prepare(run_file, run_dir, say=said.append)
         job.model.save_pretrained(task.adapter)
         dataset = [job.dataset[i] for i in range(len(job.dataset))]
-        order = [
-            list(examples_of_step(step, len(dataset), run_file.training)) for step in range(task.num_steps)
-        ]
+        steps_in_order = order_steps(dataset, run_file.training)
+        order = [steps_in_order.examples_of(step) for step in range(task.num_steps)]
         examples = Examples(
             [example.input_ids.tolist() for example in dataset],
             [example.labels.tolist() for example in dataset],

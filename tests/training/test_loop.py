@@ -12,7 +12,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import NonFiniteLossError
 from lorasmith.training.loop import mean_loss, train
-from lorasmith.training.schedule import examples_of_step
+from lorasmith.training.schedule import StepOrder
 from lorasmith.training.settings import TrainingSettings
 
 from .conftest import make_adapted, make_examples
@@ -40,7 +40,7 @@ def losses_of_trainer(model, examples, settings, folder) -> list[float]:
     rows = [
         {"input_ids": examples[i].input_ids.tolist(), "labels": examples[i].labels.tolist()}
         for step in range(num_steps)
-        for i in examples_of_step(step, len(examples), settings)
+        for i in StepOrder(len(examples), settings).examples_of(step)
     ]
 
     def collate(batch):
@@ -140,7 +140,7 @@ def test_reports_count_what_was_done(examples, tmp_path):
     reports = run(make_adapted(), examples, tmp_path)
     assert [r.step for r in reports] == list(range(1, 21))
     assert reports[4].epoch == 1.0
-    first = [examples[i] for i in examples_of_step(0, len(examples), SETTINGS)]
+    first = [examples[i] for i in StepOrder(len(examples), SETTINGS).examples_of(0)]
     assert reports[0].num_learnt_tokens == sum(int((e.labels != IGNORE_INDEX).sum()) for e in first)
     # The ten tokens that all examples begin with are computed once.
     assert reports[0].num_tokens == sum(len(e.input_ids) - 1 for e in first) - 10 * (len(first) - 1)
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_row_and_keeps_the_last_checkpo
     model = make_adapted()
     poisoned = 399
     rows = [e for e in examples if poisoned not in e.input_ids]
-    step_of_bad_row = next(s for s in range(5, 10) if 3 in examples_of_step(s, len(rows), SETTINGS))
+    step_of_bad_row = next(s for s in range(5, 10) if 3 in StepOrder(len(rows), SETTINGS).examples_of(s))
     reports = []
 
     def train_and_poison():

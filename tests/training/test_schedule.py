@@ -1,11 +1,14 @@
 """The learning rate, the order of examples and the split are functions of settings and step."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from lorasmith.data.tokens import TokenizedExample
 from lorasmith.training.schedule import (
-    examples_of_step,
+    StepOrder,
+    group_by_prefix,
     learning_rate_at,
     split_for_validation,
     suggest_learning_rate,
@@ -40,16 +43,37 @@ def test_the_warm_up_as_a_share_of_the_steps():
     assert TrainingSettings(warmup_ratio=0.1, warmup_steps=0).num_warmup_steps(95) == 0
 
 
-def test_each_epoch_takes_every_example_once_in_a_new_order():
-    settings = TrainingSettings(batch_size=4)
-    epochs = [[i for s in range(3) for i in examples_of_step(3 * e + s, 10, settings)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
-    assert epochs[0] != epochs[1]
-    assert examples_of_step(1, 10, settings) == examples_of_step(1, 10, settings)
-    assert examples_of_step(0, 10, settings) != examples_of_step(
-        0, 10, TrainingSettings(batch_size=4, seed=1)
-    )
-    assert len(examples_of_step(2, 10, settings)) == 2  # what is left
+def epoch(order: StepOrder, number: int, num_steps: int) -> list[list[int]]:
+    return [order.examples_of(number * num_steps + step) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("groups", [None, np.array([0, 1, 0, 1, 0, 1, 0, 2, 0, 0])])
+def test_each_epoch_takes_every_example_once_in_a_new_order(groups):
+    order = StepOrder(10, TrainingSettings(batch_size=4), groups)
+    first, second = epoch(order, 0, 3), epoch(order, 1, 3)
+    assert sorted(i for step in first for i in step) == list(range(10))
+    assert sorted(i for step in second for i in step) == list(range(10))
+    assert first != second
+    assert epoch(order, 0, 3) == first  # whatever was asked before
+    assert epoch(StepOrder(10, TrainingSettings(batch_size=4), groups), 1, 3) == second
+    assert epoch(StepOrder(10, TrainingSettings(batch_size=4, seed=1), groups), 0, 3) != first
+    assert sorted(len(step) for step in first) == [2, 4, 4]
+
+
+def test_a_group_fills_steps_of_its_own_as_far_as_it_can():
+    groups = np.repeat([7, 3, 5], [21, 8, 3])
+    order = StepOrder(32, TrainingSettings(batch_size=8), groups)
+    for number in range(3):
+        kinds = sorted(tuple(sorted(set(groups[step]))) for step in epoch(order, number, 4))
+        assert kinds == [(3,), (5, 7), (7,), (7,)]
+
+
+def test_examples_are_grouped_by_what_they_begin_with():
+    rows = [[1, 2, 3, 4], [1, 2, 9], [1, 2, 3, 7], [1, 2], [1, 2]]
+    examples = [TokenizedExample(np.array(ids, np.int32), np.array(ids, np.int32), "t:1") for ids in rows]
+    groups = group_by_prefix(examples, 3)
+    assert groups[0] == groups[2]
+    assert len(set(groups.tolist())) == 4  # the two short ones are equal, and too short to be told alike
 
 
 def test_the_number_of_steps():
@@ -75,5 +99,5 @@ def test_the_suggested_rate_shrinks_with_the_model():
 
 @pytest.mark.parametrize("rate", [0, -1e-4, float("inf"), float("nan")])
 def test_a_rate_that_teaches_nothing_is_refused(rate):
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="above 0|finite number"):
         TrainingSettings(learning_rate=rate)

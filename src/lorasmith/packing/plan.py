@@ -1,6 +1,7 @@
 """What packing will save, known before the first step."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +26,31 @@ class Gain:
 
 
 def predict_gain(
-    dataset: Sequence[TokenizedExample], batch_size: int, *, seed: int = 0, min_prefix_tokens: int = 8
+    dataset: Sequence[TokenizedExample],
+    batch_size: int,
+    *,
+    order: Callable[[int], Sequence[int]] | None = None,
+    min_prefix_tokens: int = 8,
 ) -> Gain:
-    """Return the tokens of one epoch of ``dataset`` in steps of ``batch_size`` examples, in a seeded order."""
-    order = np.random.default_rng([seed, 0]).permutation(len(dataset))
-    steps = [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
-    counted = steps[:_MOST_STEPS_COUNTED]
-    padded = packed = shared = 0
-    for step in counted:
-        examples = [dataset[index] for index in step.tolist()]
+    """Return the tokens of one epoch of ``dataset`` in steps of ``batch_size`` examples.
+
+    ``order`` names the examples of step 0, 1, ...; none: a seeded shuffle.
+    """
+    num_steps = math.ceil(len(dataset) / batch_size)
+    if order is None:
+        shuffled = np.random.default_rng([0, 0]).permutation(len(dataset))
+
+        def order(step: int) -> Sequence[int]:
+            return shuffled[step * batch_size : (step + 1) * batch_size].tolist()
+
+    num_counted = min(num_steps, _MOST_STEPS_COUNTED)
+    counted = padded = packed = shared = 0
+    for step in range(num_counted):
+        examples = [dataset[index] for index in order(step)]
+        counted += len(examples)
         padded += max(len(example.input_ids) for example in examples) * len(examples)
         step_packed, step_shared = count_tokens(examples, min_prefix_tokens=min_prefix_tokens)
         packed += step_packed
         shared += step_shared
-    scale = len(order) / max(1, sum(len(step) for step in counted))
-    return Gain(
-        round(padded * scale), round(packed * scale), round(shared * scale), len(counted) < len(steps)
-    )
+    scale = len(dataset) / max(1, counted)
+    return Gain(round(padded * scale), round(packed * scale), round(shared * scale), num_counted < num_steps)

@@ -3,10 +3,13 @@
 Nothing here has a state, so a resumed run needs only its step number.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from lorasmith.data.tokens import TokenizedExample
 from lorasmith.training.settings import TrainingSettings
 
 _FULL_FINETUNING_RATE = 5e-5
@@ -43,12 +46,65 @@ def learning_rate_at(step: int, num_steps: int, settings: TrainingSettings, high
     return highest * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def examples_of_step(step: int, num_examples: int, settings: TrainingSettings) -> list[int]:
-    """Return the indices of the examples of step ``step`` (0-based); every epoch is a new seeded order."""
-    per_epoch = settings.steps_per_epoch(num_examples)
-    epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(num_examples)
-    return order[place * settings.batch_size : (place + 1) * settings.batch_size].tolist()
+class StepOrder:
+    """Which examples each step takes: a new seeded order every epoch, a pure function of settings and step.
+
+    With ``groups`` (int [N], a number for each example), examples of one group come in the same steps as far as
+    they fill them: a group of 21 fills two steps of 8 and leaves 5, which share a step with what others leave.
+    The order within a group, of the leftovers and of the steps is shuffled.
+    """
+
+    def __init__(
+        self, num_examples: int, settings: TrainingSettings, groups: np.ndarray | None = None
+    ) -> None:
+        self._num_examples = num_examples
+        self._settings = settings
+        self._groups = groups
+        self._epoch = -1
+        self._steps: list[np.ndarray] = []
+
+    def examples_of(self, step: int) -> list[int]:
+        """Return the indices of the examples of step ``step`` (0-based)."""
+        epoch, place = divmod(step, self._settings.steps_per_epoch(self._num_examples))
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._steps_of(epoch)
+        return self._steps[place].tolist()
+
+    def _steps_of(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self._settings.seed, epoch])
+        order = rng.permutation(self._num_examples)
+        size = self._settings.batch_size
+        if self._groups is None:
+            return [order[low : low + size] for low in range(0, len(order), size)]
+        order = order[np.argsort(self._groups[order], kind="stable")]
+        _, members = np.unique(self._groups, return_counts=True)
+        of_group = np.repeat(np.arange(len(members)), members)  # for each place of order
+        place_in_group = np.arange(len(order)) - np.repeat(np.cumsum(members) - members, members)
+        fills = place_in_group < (members // size * size)[of_group]
+        rest, rest_group = order[~fills], of_group[~fills]
+        rest = rest[np.argsort(rng.permutation(len(members))[rest_group], kind="stable")]
+        steps = [*order[fills].reshape(-1, size)]
+        steps += [rest[low : low + size] for low in range(0, len(rest), size)]
+        return [steps[index] for index in rng.permutation(len(steps))]
+
+
+def order_steps(dataset: Sequence[TokenizedExample], settings: TrainingSettings) -> StepOrder:
+    """Return the order in which a run with ``settings`` takes ``dataset``."""
+    prefix = settings.group_prefix_tokens
+    return StepOrder(len(dataset), settings, None if prefix is None else group_by_prefix(dataset, prefix))
+
+
+def group_by_prefix(dataset: Sequence[TokenizedExample], num_tokens: int) -> np.ndarray:
+    """Return int64 [N]: the same number for examples that begin with the same ``num_tokens`` tokens.
+
+    A shorter example is a group of its own.
+    """
+    digests = np.empty(len(dataset), np.uint64)
+    for index, example in enumerate(dataset):
+        head = example.input_ids[:num_tokens]
+        key = head.tobytes() if len(head) == num_tokens else f"example {index}".encode()
+        digests[index] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
+    return np.unique(digests, return_inverse=True)[1]
 
 
 def split_for_validation(num_examples: int, settings: TrainingSettings) -> tuple[list[int], list[int]]:
