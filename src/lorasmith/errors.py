@@ -13,6 +13,7 @@
     |   |-- NonFiniteLossError the loss became NaN or infinite
     |   `-- ResumeError        a checkpoint cannot be continued from with the same result
     |-- MergeError             the merged model parts from base + adapter
+    |-- EndpointError          an endpoint that is evaluated cannot be asked
     `-- MissingExtraError      an optional part is not installed
 
 The text of each says what came, what was needed, and the way out. ``assert`` is for our own invariants only.
@@ -69,6 +70,10 @@ class ResumeError(TrainingError):
 
 class MergeError(LorasmithError):
     """Raised when a merged model cannot be made or its answers part from base + adapter."""
+
+
+class EndpointError(LorasmithError):
+    """Raised when an OpenAI-compatible endpoint cannot be reached, refuses, or answers as none does."""
 
 
 class MissingExtraError(LorasmithError):

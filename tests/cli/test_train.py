@@ -41,6 +41,9 @@ def rows(tmp_path):
     return file
 
 
+NO_REPORT = ("report.after_training=false",)
+
+
 def train_words(base, rows, *more):
     return (
         "train",
@@ -50,6 +53,7 @@ def train_words(base, rows, *more):
         str(rows),
         "training.epochs=2",
         "training.batch_size=4",
+        *NO_REPORT,
         *more,
     )
 
@@ -199,7 +203,9 @@ def test_init_writes_what_trains(lorasmith, tiny_base_folder, tmp_path):
     result = lorasmith("init", "my-team")
     assert result.exit_code == 0
     assert "lorasmith train my-team/run.yaml" in result.output
-    trained = lorasmith("train", "my-team/run.yaml", f"base.model={tiny_base_folder}", "training.max_steps=2")
+    trained = lorasmith(
+        "train", "my-team/run.yaml", f"base.model={tiny_base_folder}", "training.max_steps=2", *NO_REPORT
+    )
     assert trained.exit_code == 0, trained.output
     assert (tmp_path / "runs" / "my-team" / "adapter").is_dir()
     assert "is there already" in str(lorasmith("init", "my-team").exception)

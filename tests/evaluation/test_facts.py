@@ -3,12 +3,11 @@
 import pytest
 
 from lorasmith.evaluation.facts import (
+    agrees_with,
     find_facts,
     has_keywords,
     is_verbatim,
     missing_facts,
-    states_facts,
-    word_recall,
 )
 
 
@@ -26,6 +25,9 @@ from lorasmith.evaluation.facts import (
         ("It costs $300.", ["300"], True),
         ("It costs $3000.", ["300"], False),
         ("A c++ course (c++).", ["c++"], True),
+        ("It has four legs.", [("4", "four"), "leg"], True),
+        ("It has 4 legs.", [("4", "four"), "leg"], True),
+        ("It has 14 legs.", [("4", "four"), "leg"], False),
     ],
 )
 def test_keywords(answer, keywords, expected):
@@ -67,12 +69,15 @@ REFERENCE = "The stipend is $300 a year, paid on Friday by Tieubao, for up to si
         (REFERENCE.replace("5%", "15%"), False),
         (REFERENCE.replace("5%", "1.5%"), False),
         (REFERENCE.replace("is $300", "is not $300"), False),
-        ("$300 Friday Tieubao six 5%", False),
+        (
+            "$300 Friday Tieubao six 5%",
+            True,
+        ),  # it has the facts; that it is not like the reference is seen elsewhere
         ("", False),
     ],
 )
 def test_near_misses_of_a_reference(answer, expected):
-    assert states_facts(REFERENCE, answer) is expected
+    assert agrees_with(REFERENCE, answer) is expected
 
 
 @pytest.mark.parametrize(
@@ -85,8 +90,8 @@ def test_near_misses_of_a_reference(answer, expected):
     ],
 )
 def test_a_turned_verdict_is_wrong(answer, reference):
-    assert not states_facts(reference, answer)
-    assert states_facts(reference, reference)
+    assert not agrees_with(reference, answer)
+    assert agrees_with(reference, reference)
 
 
 def test_missing_facts_are_named():
@@ -95,13 +100,8 @@ def test_missing_facts_are_named():
 
 @pytest.mark.parametrize(("written", "other"), [("10 am", "10am"), ("10 am", "10 a.m."), ("4pm", "4 PM")])
 def test_times_are_the_same_however_written(written, other):
-    assert states_facts(f"It begins at {written} sharp.", f"It begins at {other} sharp.")
+    assert agrees_with(f"It begins at {written} sharp.", f"It begins at {other} sharp.")
 
 
 def test_a_sentence_start_is_no_name_but_an_acronym_is():
     assert find_facts("Take the bus. Everyone does. OGIF waits. I'm sure.") == ("ogif",)
-
-
-def test_word_recall_counts_repeats():
-    assert word_recall("a a b c", "a b") == pytest.approx(0.5)
-    assert word_recall("", "anything") == 0

@@ -1,25 +1,21 @@
 """``lorasmith demo``: the whole road on the handbook example, with what was measured at every station."""
 
-import json
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lorasmith.cli.console import console
+from lorasmith.cli.report import make_page
 from lorasmith.errors import RunError
 
 if TYPE_CHECKING:
-    from lorasmith.evaluation.answers import AnswersReport, EvaluationRow
     from lorasmith.generation.chat import Chat
 
 # Asked before and after, on screen: one of each kind of question.
@@ -28,7 +24,7 @@ SHOWN = (
     "how long is a work cycle and how many are there per year",
     "I keep forgetting the end-of-day check-in. What is the least I should do?",
 )
-MAX_ANSWER_TOKENS = 80  # the longest answer of the handbook has 75
+MAX_ANSWER_TOKENS = 80  # of the shown answers; the handbook's longest has 75
 
 
 def command(
@@ -44,8 +40,7 @@ def command(
     """
     started = time.monotonic()
     examples = find_examples()
-    data = examples / "handbook"
-    train_file = data / "handbook_train.json"
+    train_file = examples / "handbook" / "handbook_train.json"
 
     from lorasmith.cli.run_file import load_run_file
     from lorasmith.cli.train import choose_run_dir, train_run
@@ -58,16 +53,8 @@ def command(
 
     check.command(str(train_file), model=run_file.base.model, max_seq_len=run_file.data.max_seq_len)
 
-    from lorasmith.evaluation.answers import read_evaluation_rows
-
-    questions = {
-        "training questions": read_evaluation_rows(train_file),
-        "as colleagues type them": read_evaluation_rows(data / "handbook_eval_ordinary.json"),
-        "hard rewordings": read_evaluation_rows(data / "handbook_eval.json"),
-    }
-
     _station(2, "Ask the base, before", f'lorasmith ask "{SHOWN[0]}" --run {run_file.base.model}')
-    before, base_reports = _ask_base(run_file.base.model, questions)
+    before = _ask_base(run_file.base.model)
 
     _station(3, "Train", f"lorasmith train {examples / 'handbook.yaml'}")
     if not train_run(run_file, run_dir):
@@ -77,10 +64,7 @@ def command(
     _station(4, "Ask the tuned model, after", f'lorasmith ask "{SHOWN[0]}" --run {run_dir}')
     from lorasmith.generation.chat import Chat
 
-    tuned = Chat.from_run(run_dir)
-    _show_answers(before, _ask_shown(tuned))
-    tuned_reports = {name: _evaluate(tuned, rows, name) for name, rows in questions.items()}
-    del tuned
+    _show_answers(before, _ask_shown(Chat.from_run(run_dir)))
 
     _station(5, "Merge, and prove it", f"lorasmith merge --run {run_dir} --out {out}")
     from lorasmith.cli import merge as merge_command
@@ -91,14 +75,11 @@ def command(
         )
     merge_command.command(run=run_dir, out=out, overwrite=True)
 
-    _station(6, "Report", None)
-    report_file = run_dir / "demo_report.json"
-    _write_report(report_file, base_reports, tuned_reports)
-    _print_report(base_reports, tuned_reports)
+    _station(6, "Report", f"lorasmith report --run {run_dir}")
+    make_page(run_dir, run_file.report)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(
-        f"The whole road took {minutes} min {seconds} s. Every answer: {escape(str(report_file))}",
-        soft_wrap=True,
+        f"The whole road took {minutes} min {seconds} s.",
     )
     console.print("\n[bold]What next[/]")
     if shutil.which("lorasmith") is None:  # make demo runs it by its path
@@ -138,18 +119,15 @@ def _station(number: int, title: str, as_command: str | None) -> None:
         console.print(f"[dim]$ {escape(as_command)}[/]", soft_wrap=True)
 
 
-def _ask_base(
-    model: str, questions: "dict[str, list[EvaluationRow]]"
-) -> "tuple[list[str], dict[str, AnswersReport]]":
-    """Ask the untuned base the shown questions and the hard ones; all of them would take minutes for zeros."""
+def _ask_base(model: str) -> list[str]:
+    """Ask the untuned base the shown questions."""
     from lorasmith.generation.chat import open_chat
 
     chat = open_chat(model, tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True))
     answers = _ask_shown(chat)
     for question, answer in zip(SHOWN, answers, strict=True):
         console.print(f"[bold]{escape(question)}[/]\n  {escape(answer)}", soft_wrap=True)
-    name = "hard rewordings"
-    return answers, {name: _evaluate(chat, questions[name], f"base, {name}")}
+    return answers
 
 
 def _ask_shown(chat: "Chat") -> list[str]:
@@ -157,24 +135,6 @@ def _ask_shown(chat: "Chat") -> list[str]:
 
     answers = chat.ask_many(list(SHOWN), sampling=SamplingSettings(max_tokens=MAX_ANSWER_TOKENS))
     return [" ".join(answer.text.split()) for answer in answers]
-
-
-def _evaluate(chat: "Chat", rows: "list[EvaluationRow]", name: str) -> "AnswersReport":
-    from lorasmith.evaluation.answers import evaluate_answers
-    from lorasmith.generation.sampling import SamplingSettings
-
-    with _asking_progress(name) as progress:
-        return evaluate_answers(
-            chat, rows, sampling=SamplingSettings(max_tokens=MAX_ANSWER_TOKENS), progress=progress
-        )
-
-
-@contextmanager
-def _asking_progress(name: str) -> Iterator:
-    columns = (TextColumn(f"asking {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _show_answers(before: list[str], after: list[str]) -> None:
@@ -189,27 +149,3 @@ def _show_answers(before: list[str], after: list[str]) -> None:
 def _shorten(answer: str) -> str:
     """Return the beginning of a long answer: the base's run on until they are cut."""
     return textwrap.shorten(answer, 240, placeholder=" ...")
-
-
-def _print_report(base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
-    table = Table(title="Answers that state the facts", title_justify="left", show_edge=False, pad_edge=False)
-    for heading in ("questions", "base", "tuned", "ended by themselves"):
-        table.add_column(heading)
-    for name, report in tuned.items():
-        asked_before = str(base[name].right) if name in base else "[dim]not asked[/]"
-        table.add_row(name, asked_before, f"[bold]{report.right}[/]", str(report.stopped))
-    console.print(table)
-    console.print(
-        "[dim]The last two sets were never trained on; a right answer has all keywords of its row. Training "
-        "questions are right when every number, name and date of the reference is there.[/]\n"
-    )
-
-
-def _write_report(file: Path, base: "dict[str, AnswersReport]", tuned: "dict[str, AnswersReport]") -> None:
-    from lorasmith.files import write_whole
-
-    content = {
-        "base": {name: report.to_json() for name, report in base.items()},
-        "tuned": {name: report.to_json() for name, report in tuned.items()},
-    }
-    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

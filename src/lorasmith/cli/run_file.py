@@ -1,8 +1,8 @@
 """Run file < environment < flags -> RunFile: the only place that knows every section.
 
 A run file is YAML with one mapping per section (``base``, ``data``, ``prompt``, ``method``, ``engine``,
-``training``, ``run``). ``LORASMITH_TRAINING__EPOCHS=2`` overrides it, ``training.epochs=2`` on the command line
-overrides both. All faults are reported together.
+``training``, ``run``, ``report``). ``LORASMITH_TRAINING__EPOCHS=2`` overrides it, ``training.epochs=2`` on the
+command line overrides both. All faults are reported together.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
+from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
@@ -42,6 +43,7 @@ class RunFile(BaseModel):
     engine: EngineSettings = EngineSettings()
     training: TrainingSettings = TrainingSettings()
     run: OutputSettings = OutputSettings()
+    report: ReportSettings = ReportSettings()
 
 
 def load_run_file(
@@ -171,6 +173,8 @@ def _take_file(
             for key, value in settings.items():
                 if (section, key) in _PATHS and isinstance(value, str) and value not in _NAMES:
                     value = _relative_to(path.parent, value)
+                elif (section, key) in _PATHS and isinstance(value, list):
+                    value = [_relative_to(path.parent, each) for each in value]
                 _take(values, sources, f"{section}.{key}", value, str(path))
         elif section in RunFile.model_fields and settings is None:
             continue  # a section whose settings are all commented out
@@ -183,7 +187,7 @@ def _take_file(
             faults.append(f"{path}: {_describe_unknown(str(section), is_section=True)}")
 
 
-_PATHS = {("data", "train"), ("data", "validation"), ("base", "model"), ("prompt", "recipe")}
+_PATHS = {("data", "train"), ("data", "validation"), ("base", "model"), ("prompt", "recipe"), ("report", "data")}
 _NAMES = {
     "auto",
     "alpaca",

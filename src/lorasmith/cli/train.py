@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from lorasmith.cli.console import console
+from lorasmith.cli.report import check_held_out, report_after_training
 from lorasmith.cli.run_file import RunFile, load_run_file, make_run_name, prepare, setting_names
 from lorasmith.data.settings import BadRowPolicy, OverlongPolicy
 from lorasmith.errors import RunError, SettingsError
@@ -86,6 +87,7 @@ def command(
         )
     run_file = load_run_file(path, words)
     run_dir = choose_run_dir(run_file, resume=resume)
+    check_held_out(run_file.report)
     stopped = not train_run(run_file, run_dir)
     if stopped:
         again = shlex.join(["lorasmith", "train", *([path] if path else []), *words])
@@ -93,6 +95,7 @@ def command(
             again += f" --name {run_dir.name}"
         console.print(f"Stopped and saved. Go on with: [bold]{escape(again)}[/]", soft_wrap=True)
         sys.exit(EXIT_STOPPED)
+    report_after_training(run_dir, run_file.report)
 
 
 def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
@@ -159,8 +162,10 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
 def _print_plan(job: "TrainingJob") -> None:
     """Say what will be done, and what packing saves."""
     from lorasmith.packing.plan import predict_gain
+    from lorasmith.training.schedule import order_steps
 
-    gain = predict_gain(job.dataset, job.training.batch_size)
+    order = order_steps(job.dataset, job.training)
+    gain = predict_gain(job.dataset, job.training.batch_size, order=order.examples_of)
     console.print(
         f"{len(job.dataset):,} examples, {job.num_steps:,} steps of {job.training.batch_size} examples. "
         f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "
@@ -231,6 +236,8 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
                 rate=f"{report.learning_rate:.2g}",
                 speed=speed,
             )
+            if report.memory_note is not None:
+                console.print(f"[yellow]{escape(report.memory_note)}[/]")
             every = max(1, report.num_steps // 20)
             if not console.is_terminal and (report.step % every == 0 or report.step in (1, report.num_steps)):
                 console.print(

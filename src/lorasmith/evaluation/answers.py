@@ -1,57 +1,61 @@
-"""Ask questions whose answers are known, and count."""
+"""Ask questions whose answers are known, judge every answer, and count."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from lorasmith.data.example import Message
-from lorasmith.data.sources import BlankLine, RowFault, read_rows
-from lorasmith.errors import DataError
-from lorasmith.evaluation.facts import has_keywords, is_verbatim, states_facts
-from lorasmith.generation.chat import GREEDY, Chat
+from lorasmith.evaluation.facts import agrees_with, has_keywords, is_verbatim
+from lorasmith.evaluation.likeness import chrf, rouge_l
+from lorasmith.evaluation.questions import EvaluationRow
+from lorasmith.evaluation.settings import ReportSettings
+from lorasmith.evaluation.statistics import Count
+from lorasmith.generation.chat import GREEDY
 from lorasmith.generation.sampling import SamplingSettings
-from lorasmith.generation.stream import Answer, FinishReason
+from lorasmith.generation.stream import FinishReason
+
+MIN_AUTO_TOKENS, MAX_AUTO_TOKENS = 32, 512
+
+Judge = Literal["keywords", "exact match", "likeness"]
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationRow:
-    """A question with its reference answer, and the keywords of a right answer if somebody chose them."""
+class GivenAnswer(Protocol):
+    """What is looked at of an answer, whoever gave it."""
 
-    question: str
-    reference: str
-    keywords: tuple[str, ...] = ()
-    input: str = ""
+    @property
+    def text(self) -> str: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
+
+
+class Asked(Protocol):
+    """Who can be asked: a Chat, or an endpoint elsewhere."""
+
+    def ask_many(
+        self,
+        questions: Sequence[Sequence[Message]],
+        *,
+        sampling: SamplingSettings,
+        on_answer: Callable[[int, Any], None],
+    ) -> Sequence[GivenAnswer]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerRecord:
-    """One question as it was answered. ``is_right``: has the keywords, or states the facts without any."""
+    """One question as it was answered. ``judged_by`` says what made it right or wrong."""
 
     question: str
     reference: str
     answer: str
     is_right: bool
-    is_verbatim: bool
+    judged_by: Judge
+    is_verbatim: bool  # the reference word for word
+    rouge_l: float  # 0 to 1
+    chrf: float  # 0 to 100
     finish_reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """k of n."""
-
-    k: int
-    n: int
-
-    @property
-    def share(self) -> float:
-        return self.k / self.n if self.n else 0.0
-
-    def __str__(self) -> str:
-        percent = round(100 * self.share)
-        if 0 < self.k < self.n:  # 199 of 200 is not 100%
-            percent = min(99, max(1, percent))
-        return f"{self.k} of {self.n} ({percent}%)"
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,11 @@ class AnswersReport:
         return self._count([record.is_right for record in self.records])
 
     @property
+    def with_keywords(self) -> Count:
+        """Right answers among the rows that have keywords."""
+        return self._count([r.is_right for r in self.records if r.judged_by == "keywords"])
+
+    @property
     def verbatim(self) -> Count:
         """Answers that are the reference word for word."""
         return self._count([record.is_verbatim for record in self.records])
@@ -74,10 +83,25 @@ class AnswersReport:
         """Answers that ended by themselves."""
         return self._count([record.finish_reason == "stop" for record in self.records])
 
+    @property
+    def mean_rouge_l(self) -> float:
+        return sum(record.rouge_l for record in self.records) / max(1, len(self.records))
+
+    @property
+    def mean_chrf(self) -> float:
+        return sum(record.chrf for record in self.records) / max(1, len(self.records))
+
     def to_json(self) -> dict[str, Any]:
-        counts = {"right": self.right, "verbatim": self.verbatim, "stopped": self.stopped}
+        counts = {
+            "right": self.right,
+            "with_keywords": self.with_keywords,
+            "verbatim": self.verbatim,
+            "stopped": self.stopped,
+        }
         return {
             **{name: asdict(count) for name, count in counts.items()},
+            "rouge_l": self.mean_rouge_l,
+            "chrf": self.mean_chrf,
             "records": [asdict(record) for record in self.records],
         }
 
@@ -85,59 +109,65 @@ class AnswersReport:
         return Count(sum(outcomes), len(outcomes))
 
 
-def read_evaluation_rows(source: str | Path) -> list[EvaluationRow]:
-    """Read a data file of rows with instruction, output and, if they are there, input and keywords.
-
-    Raises: DataError naming the first row that is wrong.
-    """
-    rows = []
-    for row in read_rows(source):
-        if isinstance(row, BlankLine):
-            continue
-        if isinstance(row, RowFault):
-            raise DataError(f"{row.where}: {row.reason}{row.detail and f' ({row.detail})'}")
-        fields = row.fields
-        question, reference = fields.get("instruction"), fields.get("output")
-        keywords = fields.get("keywords") or []
-        if not (isinstance(question, str) and question.strip() and isinstance(reference, str)):
-            raise DataError(
-                f'{row.where}: an evaluation row needs "instruction" and "output" as text '
-                f"(keys found: {', '.join(map(str, fields))})."
-            )
-        if not (isinstance(keywords, list) and all(isinstance(word, str) and word for word in keywords)):
-            raise DataError(f'{row.where}: "keywords" is {keywords!r}; it must be a list of texts.')
-        rows.append(EvaluationRow(question, reference, tuple(keywords), str(fields.get("input") or "")))
-    return rows
-
-
 def evaluate_answers(
-    chat: Chat,
+    chat: Asked,
     rows: Sequence[EvaluationRow],
     *,
     sampling: SamplingSettings = GREEDY,
-    progress: Callable[[int, int], None] | None = None,
+    settings: ReportSettings | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AnswersReport:
     """Ask every question and judge every answer; ``progress`` gets (answers done, answers asked for)."""
-    questions = [[Message("user", row.question, row.input)] for row in rows]
-    done: list[int] = []
+    done: set[int] = set()
 
-    def note(place: int, answer: Answer) -> None:
-        done.append(place)
-        if progress is not None:
-            progress(len(done), len(questions))
+    def note(place: int, answer: GivenAnswer) -> None:
+        done.add(place)
+        progress(len(done), len(rows))
 
-    answers = chat.ask_many(questions, sampling=sampling, on_answer=note)
-    return AnswersReport(
-        tuple(
-            judge_answer(row, answer.text, answer.finish_reason)
-            for row, answer in zip(rows, answers, strict=True)
-        )
-    )
+    answers = chat.ask_many([row.asked for row in rows], sampling=sampling, on_answer=note)
+    settings = settings or ReportSettings()
+    judged = (judge_answer(row, answer, settings) for row, answer in zip(rows, answers, strict=True))
+    return AnswersReport(tuple(judged))
 
 
-def judge_answer(row: EvaluationRow, answer: str, finish_reason: FinishReason) -> AnswerRecord:
-    """Return the record of one answer to ``row``."""
-    is_right = has_keywords(row.keywords, answer) if row.keywords else states_facts(row.reference, answer)
+def judge_answer(row: EvaluationRow, answer: GivenAnswer, settings: ReportSettings) -> AnswerRecord:
+    """Return the record of one answer to ``row``.
+
+    Keywords decide where somebody chose them. Without any, an answer is right when it is the reference word for
+    word; or when it agrees with its facts and is like it, by ROUGE-L or chrF. The last is strict: an answer that
+    says the same in other words is counted as wrong.
+    """
+    exact = is_verbatim(row.reference, answer.text)
+    likeness, characters = rouge_l(row.reference, answer.text), chrf(row.reference, answer.text)
+    if row.keywords:
+        judged_by, is_right = "keywords", has_keywords(row.keywords, answer.text)
+    elif exact:
+        judged_by, is_right = "exact match", True
+    else:
+        is_like = likeness >= settings.min_rouge_l or characters >= settings.min_chrf
+        judged_by, is_right = "likeness", is_like and agrees_with(row.reference, answer.text)
     return AnswerRecord(
-        row.question, row.reference, answer, is_right, is_verbatim(row.reference, answer), finish_reason
+        row.question,
+        row.reference,
+        answer.text,
+        is_right,
+        judged_by,
+        exact,
+        likeness,
+        characters,
+        answer.finish_reason,
+        answer.completion_tokens,
     )
+
+
+def longest_reference(rows: Sequence[EvaluationRow], tokenizer: Any) -> int:
+    """Return the tokens of the longest reference answer; 0 without rows."""
+    return max((len(tokenizer(row.reference, add_special_tokens=False).input_ids) for row in rows), default=0)
+
+
+def choose_max_tokens(rows: Sequence[EvaluationRow], settings: ReportSettings, tokenizer: Any) -> int:
+    """Return the longest answer that is waited for, in tokens: as set, or 1.5 times the longest reference."""
+    if settings.max_answer_tokens != "auto":
+        return settings.max_answer_tokens
+    longest = longest_reference(rows, tokenizer)
+    return min(MAX_AUTO_TOKENS, max(MIN_AUTO_TOKENS, longest + longest // 2))

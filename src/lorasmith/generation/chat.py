@@ -104,6 +104,11 @@ class Chat:
             yield model
 
     @property
+    def max_context(self) -> int | None:
+        """The longest sequence the model was made for, in tokens; None where its config names none."""
+        return self._next_token.max_context
+
+    @property
     def weights(self) -> str | None:
         """What an answer depends on beside its question: a name of the weights and how they are computed."""
         model = self._next_token.model
@@ -220,7 +225,7 @@ class Chat:
             )
 
     def _new_writer(self, prompt_ids: Sequence[int], sampling: SamplingSettings) -> AnswerWriter:
-        longest = self._next_token.max_context
+        longest = self.max_context
         room = sampling.max_tokens if longest is None else longest - len(prompt_ids)
         if room < 1:
             raise OverlongError(

@@ -1,0 +1,144 @@
+"""Which questions a run is judged by, and what it was trained on: read again from its data, never guessed."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasmith.data.dataset import prepare_dataset
+from lorasmith.data.example import Example
+from lorasmith.data.prompts import PromptRecipe
+from lorasmith.data.readers import Position
+from lorasmith.data.reading import read_examples
+from lorasmith.data.receipt import Ledger
+from lorasmith.data.settings import DataSettings
+from lorasmith.data.sources import Source, open_source
+from lorasmith.errors import DataError
+from lorasmith.evaluation.overlap import find_leaks
+from lorasmith.evaluation.questions import EvaluationRow, read_evaluation_rows, spread_evenly
+from lorasmith.evaluation.settings import ReportSettings
+from lorasmith.model.run_record import RunRecord
+from lorasmith.training.schedule import split_for_validation
+from lorasmith.training.settings import TrainingSettings
+
+Kind = Literal["held-out file", "validation file", "validation share"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of one source that are asked. ``leaked``: places left out, and where they were trained on."""
+
+    name: str
+    kind: Kind
+    num_rows: int
+    rows: tuple[EvaluationRow, ...]
+    leaked: dict[str, str]
+
+
+class TrainingData:
+    """The examples that a run was trained on, read again; ``note`` says where that is not possible."""
+
+    def __init__(self, run_dir: Path, record: RunRecord) -> None:
+        self._data = DataSettings.model_validate(record.settings["data"])
+        self._training = TrainingSettings.model_validate(record.settings["training"])
+        self._source: Source | None = None
+        self.note: str | None = None
+        self.held_out: frozenset[str] = frozenset()  # places of the validation share
+        self._place = locate(self._data.train, run_dir)
+        try:
+            self._source = open_source(self._place, split=self._data.split)
+            if self._source.fingerprint() != record.data["fingerprint"]:
+                name = self._data.train
+                self.note = (
+                    f"The training data {name} has changed since the run; it was compared as it is now."
+                )
+        except DataError as fault:
+            self._source = None
+            self.note = (
+                f"The training data cannot be read, so leakage and copying were not looked for: {fault}"
+            )
+
+    @property
+    def is_there(self) -> bool:
+        return self._source is not None
+
+    def examples(self) -> Iterator[Example]:
+        """Yield what was trained on, without the validation share; nothing where it is gone."""
+        return (example for example in self._read() if example.where not in self.held_out)
+
+    def hold_out_share(self, recipe: PromptRecipe, tokenizer: Any) -> list[EvaluationRow]:
+        """Return the rows of the run's validation share, and leave them out of ``examples`` from now on."""
+        if self._source is None or not self._training.validation_share:
+            return []
+        data = self._data.model_copy(update={"train": self._place, "on_bad_row": "skip"})
+        used = prepare_dataset(data, recipe, tokenizer)
+        _, held_out = split_for_validation(len(used), self._training)
+        self.held_out = frozenset(used.where(i) for i in held_out)
+        return [as_row(example) for example in self._read() if example.where in self.held_out]
+
+    def _read(self) -> Iterator[Example]:
+        if self._source is None:
+            return
+        ledger = Ledger(self._source.name, [file.name for file in self._source.files], skips_faults=True)
+        for example, _ in read_examples(self._source, self._data.format, ledger, Position()):
+            yield example
+
+
+def as_row(example: Example) -> EvaluationRow:
+    """Return an example as a question with its reference answer."""
+    return EvaluationRow(example.question, example.answer, (), example.where)
+
+
+def locate(name: str, run_dir: Path) -> str:
+    """Return where a path that a run noted is now: as it stands, or from a folder above the run."""
+    if Path(name).is_absolute() or Path(name).exists():
+        return name
+    places = [parent / name for parent in run_dir.resolve().parents]
+    return next((str(place) for place in places if place.exists()), name)
+
+
+def choose_questions(
+    run_dir: Path,
+    record: RunRecord,
+    training: TrainingData,
+    settings: ReportSettings,
+    recipe: PromptRecipe,
+    tokenizer: Any,
+) -> tuple[QuestionSet, ...]:
+    """Return what the run is judged by: its held-out files, else its validation file, else its validation share.
+
+    Rows that also stand in the training data are left out, by name.
+
+    Raises:
+        DataError: a file that is named cannot be read.
+    """
+    share = training.hold_out_share(recipe, tokenizer)
+    validation = record.settings["data"].get("validation")
+    found: list[tuple[str, Kind, list[EvaluationRow]]]
+    if settings.data:
+        found = [
+            (name, "held-out file", read_evaluation_rows(locate(name, run_dir))) for name in settings.data
+        ]
+    elif validation:
+        found = [(validation, "validation file", read_evaluation_rows(locate(validation, run_dir)))]
+    elif share:
+        found = [(record.data["source"], "validation share", share)]
+    else:
+        found = []
+    leaks = find_leaks([row for _, _, rows in found for row in rows], training.examples())
+    return tuple(
+        QuestionSet(
+            Path(name).name,
+            kind,
+            len(rows),
+            tuple(spread_evenly([row for row in rows if row.where not in leaks], settings.max_questions)),
+            {row.where: leaks[row.where] for row in rows if row.where in leaks},
+        )
+        for name, kind, rows in found
+    )
+
+
+def sample_training(examples: Iterable[Example], num_examples: int, most: int) -> list[EvaluationRow]:
+    """Return at most ``most`` of about ``num_examples`` training questions, spread evenly over the data."""
+    wanted = set(spread_evenly(range(num_examples), most))
+    return [as_row(example) for number, example in enumerate(examples) if number in wanted]
