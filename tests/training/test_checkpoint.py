@@ -117,7 +117,8 @@ def test_a_checkpoint_is_an_adapter_that_plain_peft_opens(tmp_path):
     )
     ids = torch.tensor([[1, 30, 40, 50]])
     model.get_base_model().set_attn_implementation("sdpa")
-    assert torch.equal(opened(ids).logits, model.eval()(ids).logits)
+    with torch.no_grad():  # the engine's LoRA layers round in another order
+        torch.testing.assert_close(opened(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"])

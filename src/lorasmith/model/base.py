@@ -72,7 +72,7 @@ def resolve_base(
 ) -> ResolvedBase:
     """Return the base as a local folder: downloaded at a pinned commit, or dequantised into the cache.
 
-    ``tell`` receives one line before anything slow begins. Without ``fetches_weights`` a Hub id's folder may
+    ``tell`` receives one line before anything slow begins. Without ``fetches_weights`` the folder may
     lack them, and its fingerprint is empty: enough for :func:`load_tokenizer`.
 
     Raises:
@@ -96,7 +96,7 @@ def resolve_base(
             ) from fault
     path = Path(model).expanduser()
     if path.is_dir():
-        return _resolve_folder(path)
+        return _resolve_folder(path, fetches_weights)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise BaseModelError(f"base.model names the file {model}, which does not exist.")
@@ -274,7 +274,7 @@ def fingerprint_weights(folder: Path) -> str:
     return hashlib.sha256(b"".join(digest for _, digest in sorted(entries))).hexdigest()
 
 
-def _resolve_folder(folder: Path) -> ResolvedBase:
+def _resolve_folder(folder: Path, needs_weights: bool) -> ResolvedBase:
     folder = folder.resolve()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise BaseModelError(
@@ -282,7 +282,8 @@ def _resolve_folder(folder: Path) -> ResolvedBase:
         )
     if not (folder / "config.json").is_file():
         raise BaseModelError(f"{folder} is not a model folder: it has no config.json.")
-    return ResolvedBase(BaseRef(str(folder), None, fingerprint_weights(folder)), folder)
+    fingerprint = fingerprint_weights(folder) if needs_weights else ""
+    return ResolvedBase(BaseRef(str(folder), None, fingerprint), folder)
 
 
 def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedBase:

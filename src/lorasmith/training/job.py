@@ -8,6 +8,7 @@ runs/handbook/
   adapter/        plain PEFT: the result
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -28,12 +29,14 @@ from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.sources import open_source
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, tokenizer_json
+from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
+from lorasmith.engine.linear import choose_product_dtype
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import DataError, ResumeError, RunError, SettingsError
-from lorasmith.files import write_whole
+from lorasmith.files import storing, write_whole
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import DeviceChoice, choose_device
@@ -41,7 +44,10 @@ from lorasmith.model.methods import attach_adapter, count_trainable
 from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
 from lorasmith.model.settings import BaseSettings, LoraSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
+from lorasmith.training.estimate import in_words, tokens_to_compute
+from lorasmith.training.fit import Fit, choose_fit
 from lorasmith.training.loop import StepReport, train
+from lorasmith.training.rehearsal import Rehearsal, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import OutputSettings, TrainingSettings
@@ -68,6 +74,8 @@ class TrainingJob:
     output: OutputSettings
     learning_rate: float
     resume_from: Checkpoint | None
+    fit: Fit
+    may_checkpoint: bool
 
     @property
     def num_steps(self) -> int:
@@ -87,10 +95,12 @@ def prepare_job(
     settings: dict[str, Any],
     say: Say = lambda line: None,
     progress: Progress = lambda what, share: None,
+    must_measure: bool = False,
 ) -> TrainingJob:
     """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
 
     ``settings`` is the resolved run file as plain values; it is recorded, and compared when a run goes on.
+    ``must_measure``: measure memory and time on the heaviest pack even where that costs more than the run is worth.
 
     Raises:
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
@@ -145,6 +155,8 @@ def prepare_job(
         data={
             "source": data.train,
             "fingerprint": all_rows.fingerprint,
+            "validation_fingerprint": None if data.validation is None else validation.fingerprint,
+            "tokenizer_fingerprint": hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest(),
             "num_examples": len(dataset),
             "num_validation": 0 if validation is None else len(validation),
         },
@@ -155,6 +167,8 @@ def prepare_job(
     model = load_base(resolved, choice, trust_remote_code=base.trust_remote_code)
     config = model.config.get_text_config()
     model = attach_adapter(model, method, seed=training.seed)
+    engine = _settle_engine(run_dir, engine, model, round(int(dataset.lengths.sum()) * training.epochs), say)
+    sketch = copy_without_weights(model)
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
@@ -173,19 +187,43 @@ def prepare_job(
             note = forward.keep_frozen_states(
                 name,
                 examples,
-                max_tokens=training.micro_batch_tokens,
+                max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
                 max_bytes=room,
                 on_progress=lambda done, total: progress("Computing the frozen layers", done / total),
             )
             if note and name == "train":
                 say(f"Frozen layers: {note}")
 
+    fit = _recorded_fit(run_dir, training, engine)
+    if fit is None:
+        rehearsal = Rehearsal(sketch, engine)
+        fit = choose_fit(
+            model,
+            forward,
+            rehearsal,
+            dataset,
+            training,
+            engine.gradient_checkpointing,
+            must_measure=must_measure,
+        )
+        say(f"Memory: {fit}; the largest of the data has {fit.largest_pack_tokens:,} ({fit.reason})")
+        if fit.measured_tokens:
+            left = tokens_to_compute(dataset, training, forward) * fit.seconds_per_token
+            say(
+                f"Time: about {in_words(left)}, at {1 / fit.seconds_per_token:,.0f} tokens a second as measured"
+            )
+    else:
+        say(f"Memory: {fit} (as at the run's start)")
+    forward.set_checkpointing(fit.gradient_checkpointing)
+
     run_dir.mkdir(parents=True, exist_ok=True)
     if resume_from is None:
+        record = _with_fit(_with_engine(record, engine), fit)
         write_run_record(run_dir, record)
         write_whole(run_dir / "receipt.json", json.dumps(all_rows.receipt.to_json(), indent=2) + "\n")
     else:
-        record = read_run_record(run_dir)
+        record = _with_fit(_with_engine(read_run_record(run_dir), engine), fit)
+        write_run_record(run_dir, record)
     return TrainingJob(
         run_dir,
         record,
@@ -199,6 +237,8 @@ def prepare_job(
         output,
         rate,
         resume_from,
+        fit,
+        may_checkpoint=engine.gradient_checkpointing is not False,
     )
 
 
@@ -212,6 +252,13 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
     trackers = Trackers(job.output.trackers, job.run_dir, job.record.settings)
     started = time.monotonic()
     report = None
+    record = job.record
+
+    def record_fit(fit: Fit) -> None:
+        nonlocal record
+        record = _with_fit(record, fit)
+        write_run_record(job.run_dir, record)
+
     try:
         for report in train(
             job.model,
@@ -220,9 +267,12 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
             forward=job.forward,
             learning_rate=job.learning_rate,
             run_dir=job.run_dir,
+            fit=job.fit,
+            may_checkpoint=job.may_checkpoint,
             validation=job.validation,
             resume_from=job.resume_from,
             record=metrics.write,
+            record_fit=record_fit,
             should_stop=should_stop,
         ):
             trackers.log(report)
@@ -232,10 +282,10 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
         trackers.close()
         draw_loss(job.run_dir)
     if report is None or report.step == report.num_steps:
-        _finish(job, time.monotonic() - started)
+        _finish(job, record, time.monotonic() - started)
 
 
-def _finish(job: TrainingJob, seconds: float) -> None:
+def _finish(job: TrainingJob, record: RunRecord, seconds: float) -> None:
     """Save the adapter and write the result into run.json."""
     norm = save_adapter(job.model, job.run_dir / "adapter")
     steps = read_metrics(job.run_dir / "metrics.jsonl")
@@ -250,7 +300,7 @@ def _finish(job: TrainingJob, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "update_norm": norm,
     }
-    write_run_record(job.run_dir, job.record.model_copy(update={"result": result}))
+    write_run_record(job.run_dir, record.model_copy(update={"result": result}))
 
 
 def is_finished(run_dir: Path, settings: dict[str, Any], data: DataSettings) -> bool:
@@ -282,20 +332,24 @@ def hold_run(run_dir: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / LOCK, timeout=0)
+    with storing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{run_dir} is being trained by another process. Wait for it, or choose another name with "
+                "run.name=NAME."
+            ) from None
     try:
-        with FileLock(run_dir / LOCK, timeout=0):
-            for leftover in [*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")]:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            try:
-                yield
-            finally:
-                if [path.name for path in run_dir.iterdir()] == [LOCK]:  # nothing came of it
-                    shutil.rmtree(run_dir)
-    except Timeout:
-        raise RunError(
-            f"{run_dir} is being trained by another process. Wait for it, or choose another name with run.name=NAME."
-        ) from None
+        for leftover in [*run_dir.glob(".*.part"), *run_dir.glob("checkpoints/.*.part")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    finally:
+        if [path.name for path in run_dir.iterdir()] == [LOCK]:  # nothing came of it
+            shutil.rmtree(run_dir)
+        lock.release()
 
 
 def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
@@ -311,12 +365,66 @@ def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
     return threads
 
 
+def _settle_engine(
+    run_dir: Path, engine: EngineSettings, model: PeftModel, num_tokens: int, say: Say
+) -> EngineSettings:
+    """Return ``engine`` with what changes the rounding decided: as at the run's start, or for ``num_tokens`` now."""
+    then: dict[str, Any] = {}
+    if (run_dir / "run.json").is_file():
+        then = read_run_record(run_dir).settings["engine"]
+    found: dict[str, Any] = {}
+    if engine.product_dtype == "auto":
+        found["product_dtype"] = then.get("product_dtype", choose_product_dtype(model.device, model.dtype))
+    if engine.compile == "auto" and "compile" in then:
+        found["compile"] = then["compile"]
+    elif engine.compile == "auto":
+        found["compile"], reason = choose_compilation(model.get_base_model(), num_tokens)
+        say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
+    return engine.model_copy(update=found)
+
+
+def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
+    """Return ``record`` with what "auto" was found to be in the engine."""
+    found = {"product_dtype": engine.product_dtype, "compile": engine.compile}
+    settings = {**record.settings, "engine": {**record.settings["engine"], **found}}
+    return record.model_copy(update={"settings": settings})
+
+
 def _choose_device(run_dir: Path, base: BaseSettings) -> DeviceChoice:
     """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
     if base.dtype == "auto" and (run_dir / "run.json").is_file():
         recorded = read_run_record(run_dir).settings["base"]["dtype"]
         return replace(choose_device(base.device, recorded), reason="as at the run's start")
     return choose_device(base.device, base.dtype)
+
+
+def _recorded_fit(run_dir: Path, training: TrainingSettings, engine: EngineSettings) -> Fit | None:
+    """Return how the run's steps were cut so far, so that the rest rounds alike; None if it must be chosen.
+
+    A cut that the settings name anew wins: a run that goes on elsewhere may need one.
+    """
+    if not (run_dir / "run.json").is_file():
+        return None
+    record = read_run_record(run_dir)
+    then = (
+        record.settings["training"].get("micro_batch_tokens"),
+        record.settings["engine"].get("gradient_checkpointing"),
+    )
+    now = (training.micro_batch_tokens, engine.gradient_checkpointing)
+    if record.fit is None or any(new not in ("auto", old) for old, new in zip(then, now, strict=True)):
+        return None
+    return Fit.from_json(record.fit)
+
+
+def _with_fit(record: RunRecord, fit: Fit) -> RunRecord:
+    """Return ``record`` with the cut, and with what "auto" was found to be among its settings."""
+    training, engine = record.settings["training"], record.settings["engine"]
+    if training["micro_batch_tokens"] == "auto":
+        training = {**training, "micro_batch_tokens": fit.micro_batch_tokens}
+    if engine["gradient_checkpointing"] == "auto":
+        engine = {**engine, "gradient_checkpointing": fit.gradient_checkpointing}
+    settings = {**record.settings, "training": training, "engine": engine}
+    return record.model_copy(update={"settings": settings, "fit": fit.to_json()})
 
 
 def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, say: Say) -> Checkpoint | None:
@@ -357,8 +465,7 @@ _HARMLESS = {
     ("data", "cache_dir"),
     ("data", "train"),  # likewise
     ("data", "validation"),
-    ("engine", "threads"),
-    ("engine", "gradient_checkpointing"),
+    *(("engine", key) for key in EngineSettings.model_fields),
     ("training", "micro_batch_size"),
     ("training", "micro_batch_tokens"),
 }
@@ -370,6 +477,10 @@ def _differences(old: RunRecord, new: RunRecord) -> list[str]:
         found.append(f"base: weights {old.base.fingerprint[:12]} then, {new.base.fingerprint[:12]} now")
     if old.data["fingerprint"] != new.data["fingerprint"]:
         found.append(f"data: {old.data['source']} has changed since")
+    if old.data.get("validation_fingerprint") != new.data["validation_fingerprint"]:
+        found.append("data.validation: it has changed since")
+    if old.data.get("tokenizer_fingerprint") != new.data["tokenizer_fingerprint"]:
+        found.append("base: its tokenizer has changed since")
     if old.recipe["fingerprint"] != new.recipe["fingerprint"]:
         found.append("prompt: it renders another text than then")
     return found + _setting_differences(old.settings, new.settings)
@@ -384,6 +495,6 @@ def _setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for section, values in new.items():
         for key, value in values.items():
             before = old.get(section, {}).get(key)
-            if before != value and value != "auto" and (section, key) not in harmless and section != "run":
+            if before != value and value != "auto" and (section, key) not in harmless and section not in ("run", "report"):
                 found.append(f"{section}.{key}: {before} then, {value} now")
     return found

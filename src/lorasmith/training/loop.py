@@ -3,6 +3,7 @@
     for step:
         take the step's examples -> packs
         for each pack:  loss = sum over learnt tokens / learnt tokens of the whole step;  backward
+        out of memory: smaller packs, and the step again from its start
         clip, set the learning rate, AdamW
         validate and save where it is time
         yield StepReport
@@ -21,7 +22,8 @@ from peft import PeftModel
 
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
-from lorasmith.errors import NonFiniteLossError, ResumeError
+from lorasmith.errors import NonFiniteLossError, ResumeError, TrainingError
+from lorasmith.model.memory import free_bytes, give_back_freed_memory, is_out_of_memory
 from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.checkpoint import (
     Checkpoint,
@@ -29,7 +31,8 @@ from lorasmith.training.checkpoint import (
     remove_checkpoints_after,
     save_checkpoint,
 )
-from lorasmith.training.schedule import examples_of_step, learning_rate_at
+from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
+from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
 _MOST_OVERFLOWS = 20  # steps in a row that float16 may leave out while its loss scale comes down
@@ -53,6 +56,7 @@ class StepReport:
     seconds: float  # of this step alone, without validation and saving
     validation_loss: float | None = None
     checkpoint: Path | None = None
+    memory_note: str | None = None  # what was done when this step ran out of memory
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,9 +71,12 @@ def train(
     forward: PackForward,
     learning_rate: float,
     run_dir: Path,
+    fit: Fit | None = None,
+    may_checkpoint: bool = True,
     validation: Sequence[TokenizedExample] | None = None,
     resume_from: Checkpoint | None = None,
     record: Callable[[StepReport], None] = lambda report: None,
+    record_fit: Callable[[Fit], None] = lambda fit: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Train ``model`` on ``dataset`` and yield a report after each step; checkpoints go to ``run_dir``.
@@ -78,12 +85,20 @@ def train(
     of a step that nobody noted. When ``should_stop()`` is true after a step, that step is saved and the loop
     ends early.
 
+    ``fit`` says how steps are cut into packs; none: as ``settings`` say. A step that runs out of memory is done
+    again from its start with smaller packs, and at the last (if ``may_checkpoint``) with activations recomputed;
+    ``record_fit`` gets the new cut before that.
+
     Raises:
+        TrainingError: not even the longest example alone fits. The last checkpoint is kept.
         NonFiniteLossError: a loss or gradient is NaN or infinite. The last checkpoint is kept.
         ResumeError: ``resume_from`` does not give the loss that was noted when it was saved.
     """
     num_steps = settings.num_steps(len(dataset))
     per_epoch = settings.steps_per_epoch(len(dataset))
+    order = order_steps(dataset, settings)
+    fit = fit or Fit.unmeasured(settings, forward.checkpointing, forward.device)
+    forward.set_checkpointing(fit.gradient_checkpointing)
     evaluate_every = settings.evaluate_every or per_epoch
     save_every = settings.save_every or per_epoch
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,23 +112,36 @@ def train(
         load_checkpoint(resume_from, model, optimizer, scaler)
         first_step, best = resume_from.step, resume_from.best_validation
         remove_checkpoints_after(run_dir, first_step)
-        probe = examples_of_step(first_step - 1, len(dataset), settings)[0]
+        probe = order.examples_of(first_step - 1)[0]
         _check_probe(_probe_loss(model, forward, dataset, probe), resume_from)
     overflows = 0
 
     for step in range(first_step, num_steps):
         started = time.perf_counter()
-        packs = _packs_of_step(dataset, step, settings, forward)
-        num_learnt = sum(pack.num_learnt for pack in packs)
-        # The random numbers of a step depend on seed and step only: a resumed run draws the same dropout.
-        torch.manual_seed((settings.seed << 32) + step)
-        model.train()
-        optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for pack in packs:
-            mean = forward.summed_loss(pack, "train") / num_learnt
-            scaler.scale(mean).backward()
-            loss += mean.item()
+        memory_note = None
+        examples = order.examples_of(step)
+        while True:
+            packs = _pack(dataset, examples, settings, forward, fit)
+            num_learnt = sum(pack.num_learnt for pack in packs)
+            # The random numbers of a step depend on seed and step only: a resumed run draws the same dropout.
+            torch.manual_seed((settings.seed << 32) + step)
+            model.train()
+            optimizer.zero_grad(set_to_none=True)
+            loss = _accumulate(packs, num_learnt, forward, scaler, fit)
+            if loss is not None:
+                break
+            optimizer.zero_grad(set_to_none=True)
+            give_back_freed_memory(forward.device)
+            largest = max(pack.num_tokens for pack in packs)
+            smaller = fit.after_out_of_memory(
+                largest, longest_input(dataset), may_checkpoint and forward.can_checkpoint
+            )
+            if smaller is None:
+                raise TrainingError(does_not_fit(dataset, free_bytes(forward.device)))
+            memory_note = f"Out of memory in a pack of {largest:,} tokens. From step {step + 1} on: {smaller}"
+            fit = smaller
+            forward.set_checkpointing(fit.gradient_checkpointing)
+            record_fit(fit)
         scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         overflows = 0 if math.isfinite(grad_norm) else overflows + 1
@@ -135,7 +163,7 @@ def train(
         validation_loss = None
         is_best = False
         if validation is not None and (done % evaluate_every == 0 or last):
-            validation_loss = mean_loss(model, validation, settings, forward, name="validation")
+            validation_loss = mean_loss(model, validation, settings, forward, name="validation", fit=fit)
             is_best = best is None or validation_loss < best
             best = validation_loss if is_best else best
         report = StepReport(
@@ -149,10 +177,11 @@ def train(
             num_learnt_tokens=num_learnt,
             seconds=seconds,
             validation_loss=validation_loss,
+            memory_note=memory_note,
         )
         record(report)
         if done % save_every == 0 or last or stopping or is_best:
-            probe = examples_of_step(step, len(dataset), settings)[0]
+            probe = order.examples_of(step)[0]
             folder = save_checkpoint(
                 run_dir,
                 model,
@@ -178,22 +207,37 @@ def mean_loss(
     forward: PackForward,
     *,
     name: str | None = None,
+    fit: Fit | None = None,
 ) -> float:
     """Return the mean cross-entropy over all learnt tokens of ``dataset``, in nats, without dropout."""
     model.eval()
+    fit = fit or Fit.unmeasured(settings, forward.checkpointing, forward.device)
     total, num_learnt = 0.0, 0
     for low in range(0, len(dataset), 64):
         indices = range(low, min(low + 64, len(dataset)))
-        for pack in _pack(dataset, indices, settings, forward):
+        for pack in _pack(dataset, indices, settings, forward, fit):
             total += forward.summed_loss(pack, name).item()
             num_learnt += pack.num_learnt
     return total / num_learnt
 
 
-def _packs_of_step(
-    dataset: Sequence[TokenizedExample], step: int, settings: TrainingSettings, forward: PackForward
-) -> list[Pack]:
-    return _pack(dataset, examples_of_step(step, len(dataset), settings), settings, forward)
+def _accumulate(
+    packs: list[Pack], num_learnt: int, forward: PackForward, scaler: torch.amp.GradScaler, fit: Fit
+) -> float | None:
+    """Add the gradients of every pack's share of the mean, and return that mean; None if memory ran out."""
+    loss = 0.0
+    try:
+        for pack in packs:
+            if not has_room_for(pack, fit, forward.device):
+                return None
+            mean = forward.summed_loss(pack, "train") / num_learnt
+            scaler.scale(mean).backward()
+            loss += mean.item()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # behind this line the traceback lets go of the pass's tensors
+    return loss
 
 
 def _pack(
@@ -201,11 +245,12 @@ def _pack(
     indices: Sequence[int],
     settings: TrainingSettings,
     forward: PackForward,
+    fit: Fit,
 ) -> list[Pack]:
     return pack_examples(
         dataset,
         indices,
-        max_tokens=settings.micro_batch_tokens,
+        max_tokens=fit.micro_batch_tokens,
         max_examples=settings.micro_batch_size,
         share_prefixes=forward.share_prefixes,
         cost=forward.cost,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import MissingExtraError
-from lorasmith.files import write_whole
+from lorasmith.files import storing, write_whole
 from lorasmith.training.loop import StepReport
 
 
@@ -21,15 +21,18 @@ class MetricsFile:
             [metrics for metrics in read_metrics(path) if metrics["step"] <= first_step] if first_step else []
         )
         write_whole(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, report: StepReport) -> None:
-        self._file.write(json.dumps(as_metrics(report)) + "\n")
-        self._file.flush()
+        with storing(self._path):
+            self._file.write(json.dumps(as_metrics(report)) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with storing(self._path):
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def as_metrics(report: StepReport) -> dict[str, Any]:
@@ -135,7 +138,9 @@ class Trackers:
 
     def log(self, report: StepReport) -> None:
         metrics = {
-            key: value for key, value in as_metrics(report).items() if key not in ("step", "num_steps")
+            key: value
+            for key, value in as_metrics(report).items()
+            if key not in ("step", "num_steps", "memory_note")
         }
         for tracker in self._trackers:
             tracker.log(metrics, step=report.step)

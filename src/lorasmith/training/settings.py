@@ -1,7 +1,7 @@
 """How the adapter is trained; section ``training`` of a run file."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,11 +20,19 @@ class TrainingSettings(BaseModel):
         default=None, ge=1, description="stop after this many steps, whatever epochs says"
     )
     batch_size: int = Field(default=8, ge=1, description="examples in one step")
+    group_prefix_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="put examples that begin with the same so many tokens (many questions about one document) into "
+        "the same steps, where the prefix is computed once; none: all shuffled alike",
+    )
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="most examples in one pack; none: no limit"
     )
-    micro_batch_tokens: int = Field(
-        default=2048, ge=8, description="most tokens in one pack: decides the memory, never the result"
+    micro_batch_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] = Field(
+        default="auto",
+        description="most tokens in one pack: decides the memory, never the result; "
+        "auto: the most that fits and is fast, by a measurement at the start",
     )
     learning_rate: float | Literal["auto"] = Field(
         default="auto",

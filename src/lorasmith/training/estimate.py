@@ -1,0 +1,180 @@
+"""Will it fit, and how long will it take: measured on this machine, computed for another.
+
+Computed means: the run's heaviest pack is rehearsed without weights (rehearsal.py), and what the step's parts
+take is added up. On a GPU the CUDA context and the allocator's waste are assumptions, named below.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from lorasmith.data.tokens import TokenizedExample
+from lorasmith.engine.forward import PackForward
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.model.gpus import Gpu
+from lorasmith.model.memory import free_bytes
+from lorasmith.packing.plan import predict_gain
+from lorasmith.training.fit import Fit, bytes_of_training, fit_computed
+from lorasmith.training.rehearsal import Rehearsal
+from lorasmith.training.schedule import order_steps
+from lorasmith.training.settings import TrainingSettings
+
+_CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspace
+_SHARE_OF_PEAK_RATE = (0.25, 0.5)  # assumed: what a step reaches of a GPU's peak rate, small and large models
+_BYTES_OF_A_TOKEN_ON_DISK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run takes in one place. ``how`` says whether it is measured or computed."""
+
+    place: str
+    how: str
+    fit: Fit | None  # None: it does not fit
+    parts: dict[str, int]  # bytes at the peak, by what they are for
+    memory_bytes: int  # that can be used there
+    num_steps: int
+    num_tokens: int  # that the run computes
+    seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "place": self.place,
+            "how": self.how,
+            "fits": self.fit is not None,
+            "micro_batch_tokens": self.fit and self.fit.micro_batch_tokens,
+            "gradient_checkpointing": self.fit and self.fit.gradient_checkpointing,
+            "largest_pack_tokens": self.fit and self.fit.largest_pack_tokens,
+            "peak_bytes": self.peak_bytes,
+            "parts": self.parts,
+            "memory_bytes": self.memory_bytes,
+            "num_steps": self.num_steps,
+            "num_tokens": self.num_tokens,
+            "seconds_per_step": self.seconds and [s / self.num_steps for s in self.seconds],
+            "seconds": self.seconds and list(self.seconds),
+        }
+
+
+def estimate_here(
+    model: PeftModel,
+    forward: PackForward,
+    dataset: Sequence[TokenizedExample],
+    training: TrainingSettings,
+    fit: Fit,
+) -> Estimate:
+    """Return what a run takes on this machine, from the measurement in ``fit``."""
+    weights = _bytes_of_weights(model)
+    activations = round(fit.bytes_per_token * fit.largest_pack_tokens)
+    training_bytes = bytes_of_training(model)
+    num_tokens = tokens_to_compute(dataset, training, forward)
+    seconds = num_tokens * fit.seconds_per_token
+    return Estimate(
+        place="this machine's " + ("CPU" if forward.device.type == "cpu" else "GPU"),
+        how=fit.reason,
+        fit=fit,
+        parts={
+            "weights of base and adapter": weights,
+            "gradients and optimizer": training_bytes,
+            "activations and logits": activations,
+            "Python and libraries": max(0, fit.peak_bytes - weights - training_bytes - activations),
+        },
+        memory_bytes=free_bytes(forward.device) + fit.peak_bytes - training_bytes - activations,
+        num_steps=training.num_steps(len(dataset)),
+        num_tokens=num_tokens,
+        seconds=(seconds, seconds),
+    )
+
+
+def estimate_on(
+    gpu: Gpu,
+    count: int,
+    sketch: PeftModel,
+    dataset: Sequence[TokenizedExample],
+    training: TrainingSettings,
+    engine: EngineSettings,
+    dtype: str,
+) -> Estimate:
+    """Return what a run would take on ``count`` GPUs of a kind; ``sketch`` is the model without weights in ``dtype``.
+
+    Each of several GPUs holds the whole model and takes its share of every step's examples.
+    """
+    rehearsal = Rehearsal(sketch, engine)
+    weights, training_bytes = _bytes_of_weights(sketch), bytes_of_training(sketch)
+    device = torch.device("cuda")
+    room = gpu.memory_bytes - _CUDA_CONTEXT - weights - training_bytes
+    share = training.model_copy(update={"batch_size": -(-training.batch_size // count)})
+    fit, activations, flops = fit_computed(
+        rehearsal, dataset, share, engine.gradient_checkpointing, device, room
+    )
+    num_tokens = tokens_to_compute(dataset, training, rehearsal.forward)
+    seconds = None
+    if fit is not None:
+        least, most = (
+            num_tokens * flops / fit.largest_pack_tokens / (gpu.peak_flops(dtype) * share * count)
+            for share in reversed(_SHARE_OF_PEAK_RATE)
+        )
+        seconds = (least, most)
+    return Estimate(
+        place=gpu.name if count == 1 else f"{count} x {gpu.name}",
+        how="computed, not measured",
+        fit=fit,
+        parts={
+            "weights of base and adapter": weights,
+            "gradients and optimizer": training_bytes,
+            "activations and logits": activations,
+            "CUDA context (assumed)": _CUDA_CONTEXT,
+        },
+        memory_bytes=gpu.memory_bytes,
+        num_steps=training.num_steps(len(dataset)),
+        num_tokens=num_tokens,
+        seconds=seconds,
+    )
+
+
+def disk_needed(
+    model: PeftModel, dataset: Sequence[TokenizedExample], training: TrainingSettings, *, validates: bool
+) -> dict[str, int]:
+    """Return the bytes that a run and its merge write, by what they are."""
+    adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    kept = training.keep_checkpoints + validates + 1  # a new one is whole before an old one goes
+    num_tokens = sum(len(example.input_ids) for example in dataset)
+    return {
+        "adapter": adapter,
+        f"checkpoints (up to {kept})": kept * 3 * adapter,
+        "cache of tokens": _BYTES_OF_A_TOKEN_ON_DISK * num_tokens,
+        "merged model": base,
+    }
+
+
+def tokens_to_compute(
+    dataset: Sequence[TokenizedExample], training: TrainingSettings, forward: PackForward
+) -> int:
+    """Return the tokens that the whole run computes, in the way of ``forward``: shared, packed or padded."""
+    gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
+    an_epoch = gain.padded if not forward.packed else gain.shared if forward.share_prefixes else gain.packed
+    return round(an_epoch * training.num_steps(len(dataset)) / training.steps_per_epoch(len(dataset)))
+
+
+def in_words(seconds: float) -> str:
+    """Return a time to the two places that matter: 40 s, 19 min, 2 h 5 min, 3 d 4 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _bytes_of_weights(model: PeftModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,109 @@
+"""Rehearse a pack without computing it: what it would allocate at its peak, and how many operations it takes.
+
+The model stands on torch's meta device, where tensors have shapes and no numbers. The same forward and backward
+pass as in training then runs over a real pack, and every storage that is made counts from its birth to its
+death. No formula is involved, so what is found is true of any architecture and of the engine as it is. What a
+kernel takes inside itself, and what an allocator wastes, is not seen.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from lorasmith.engine.attention import why_not_packed
+from lorasmith.engine.forward import PackForward
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.packing.trie import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What one pack takes beyond the model, the adapter's gradients and the optimizer."""
+
+    peak_bytes: int
+    flops: int  # of matrix products, forward and backward
+
+
+def copy_without_weights(model: PeftModel) -> PeftModel:
+    """Return a copy of ``model`` on the meta device; its weights are shapes only and take no memory."""
+    shapes: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    shapes |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, shapes)
+
+
+class Rehearsal:
+    """Rehearses packs for a model without weights, each pack and setting once."""
+
+    def __init__(self, sketch: PeftModel, engine: EngineSettings) -> None:
+        """``sketch`` is on the meta device, see :func:`copy_without_weights`."""
+        self._model = sketch.train()
+        # Compiled layers and CUDA's kernels keep less alive than buckets computed eagerly, so this is the upper end.
+        attention = (
+            "padded"
+            if engine.attention == "padded" or why_not_packed(sketch.get_base_model())
+            else "bucketed"
+        )
+        plain = {"attention": attention, "compile": False, "gradient_checkpointing": False}
+        self.forward = PackForward(sketch, engine.model_copy(update=plain))
+        assert self.forward.device.type == "meta", "a rehearsal with weights would be the real thing"
+        self._known: dict[tuple[int, bool], tuple[Pack, Rehearsed]] = {}
+
+    def of(self, pack: Pack, *, checkpointing: bool) -> Rehearsed:
+        """Return what the forward and backward pass of ``pack`` takes."""
+        key = (id(pack), checkpointing)
+        if key not in self._known:
+            self.forward.set_checkpointing(checkpointing)
+            for parameter in self._model.parameters():
+                if parameter.requires_grad:  # in a step of many packs they are there from the second on
+                    parameter.grad = torch.zeros_like(parameter)
+            with _Ledger() as ledger:
+                self.forward.summed_loss(pack).backward()
+            self._known[key] = pack, Rehearsed(ledger.peak_bytes, ledger.flops)
+        return self._known[key][1]
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the storages that operations make, from birth to death, and the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.flops = 0
+        self._live: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # .item(): there is no number, so any will do
+            return torch.zeros((), dtype=args[0].dtype).item()
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        old = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in old:
+                self._open(tensor.untyped_storage())
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        return out
+
+    def _open(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._live:
+            return
+        self._live.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._close, key, size)
+
+    def _close(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.live_bytes -= size
