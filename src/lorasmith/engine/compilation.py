@@ -2,15 +2,19 @@
 
 torch.compile fuses what stands between the matrix products of a layer: norms, rotary positions, the gated
 activation, residuals. All layers are alike, so one compilation serves all of them; sizes are left open, so it
-serves every pack; and torch keeps the kernels on disk for the next run.
+serves every pack; and the kernels are kept in lorasmith's cache for the next run.
 """
 
+import os
 import shutil
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from lorasmith.data.cache import cache_dir
+from lorasmith.engine.frozen import first_adapted_layer
 
 # Measured with SmolLM2-135M (30 layers, hidden 576, intermediate 1536) on two CPU cores, docs/results.md: 0.5 ms a
 # token saved, which is memory traffic and so grows with layers times width; 35 to 100 s to compile.
@@ -45,6 +49,16 @@ def choose_compilation(model: PreTrainedModel, num_tokens: int) -> tuple[bool, s
 
 
 def compile_layers(decoder: Any) -> None:
-    """Let the layers of ``decoder`` be compiled at their first training pass."""
-    for layer in decoder.layers:
+    """Let the layers of ``decoder`` be compiled at their first training pass.
+
+    The first adapted layer stays as it is: its input needs no gradient, so it would be compiled all over again.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    for layer in decoder.layers[first_adapted_layer(decoder) + 1 :]:
         layer.compile(dynamic=True)
+
+
+def restore_layers(decoder: Any) -> None:
+    """Take :func:`compile_layers` back."""
+    for layer in getattr(decoder, "layers", ()):
+        layer._compiled_call_impl = None

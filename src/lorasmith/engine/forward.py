@@ -24,7 +24,7 @@ from lorasmith.engine.attention import (
     why_not,
     why_not_packed,
 )
-from lorasmith.engine.compilation import compile_layers, why_not_compile
+from lorasmith.engine.compilation import compile_layers, restore_layers, why_not_compile
 from lorasmith.engine.frozen import (
     FrozenStates,
     compute_frozen_states,
@@ -93,7 +93,8 @@ class PackForward:
         if products == "float32" and base.dtype is not torch.float32:
             self._product_dtype = torch.float32
             notes.append(f"the {str(base.dtype).removeprefix('torch.')} base is multiplied in float32")
-        restore_lora(base)  # of an earlier PackForward
+        restore_lora(base)  # what an earlier PackForward made of it
+        restore_layers(self._decoder)
         if settings.fused_lora:
             speed_up_lora(base, self._product_dtype)
         self._frozen: dict[str, FrozenStates] = {}
