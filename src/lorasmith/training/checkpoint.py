@@ -69,17 +69,20 @@ def save_checkpoint(
         }
         (part / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_checksums(part)
-    best = best_checkpoint(run_dir)
-    for old in _by_step(run_dir)[:-keep]:
-        if old != best:
-            shutil.rmtree(old)
+    prune_checkpoints(run_dir, step, keep)
     return folder
 
 
-def remove_checkpoints_after(run_dir: Path, step: int) -> None:
-    """Remove what a run that goes on from ``step`` will write anew; only damaged ones can be there."""
+def prune_checkpoints(run_dir: Path, step: int, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints up to ``step`` and the best.
+
+    A run that goes on from ``step`` writes those after it anew (they can only be damaged ones), and does what a
+    killed process had no time to remove.
+    """
+    done = [folder for folder in _by_step(run_dir) if _step_of(folder) <= step]
+    kept = {*done[-keep:], best_checkpoint(run_dir)}
     for folder in _by_step(run_dir):
-        if _step_of(folder) > step:
+        if folder not in kept or _step_of(folder) > step:
             shutil.rmtree(folder)
 
 

@@ -28,7 +28,7 @@ from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    remove_checkpoints_after,
+    prune_checkpoints,
     save_checkpoint,
 )
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
@@ -111,7 +111,7 @@ def train(
     if resume_from is not None:
         load_checkpoint(resume_from, model, optimizer, scaler)
         first_step, best = resume_from.step, resume_from.best_validation
-        remove_checkpoints_after(run_dir, first_step)
+        prune_checkpoints(run_dir, first_step, settings.keep_checkpoints)
         probe = order.examples_of(first_step - 1)[0]
         _check_probe(_probe_loss(model, forward, dataset, probe), resume_from)
     overflows = 0

@@ -81,9 +81,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     target = run_dir / "loss.png"
-    partial = run_dir / ".loss.png.part"  # renamed when whole
-    figure.savefig(partial, format="png")
-    partial.replace(target)
+    write_whole(target, lambda file: figure.savefig(file, format="png"))
     return target
 
 
