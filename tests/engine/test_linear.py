@@ -93,6 +93,33 @@ def test_it_equals_peft(block, lora):
     assert_same(plain, run(model, X), rel=0)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_it_works_beside_a_quantised_base(kind):
+    bnb = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+
+    def quantise(linear: nn.Linear) -> nn.Module:
+        sizes = linear.in_features, linear.out_features
+        if kind == "int8":
+            made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        else:
+            made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+            made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            made.support_avx512bf16_for_cpu = False  # its repacked weights give wrong gradients
+        return made.to("cpu")
+
+    block = Block()
+    torch.manual_seed(3)
+    for name, (size_in, size_out) in {"q_proj": (64, 64), "k_proj": (64, 4), "v_proj": (64, 4)}.items():
+        setattr(block, name, quantise(nn.Linear(size_in, size_out, bias=False)))
+    setattr(block, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    model = adapted(block, target_modules=["q_proj", "k_proj", "v_proj"])
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    plain = run(model, x)
+    assert speed_up_lora(model) == 3
+    assert_same(plain, run(model, x))
+
+
 def test_it_is_used_and_computes_a_shared_input_once():
     model = adapted(Block())
     speed_up_lora(model)

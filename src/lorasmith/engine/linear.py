@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lorasmith.model.device import measure_cpu
@@ -40,7 +40,7 @@ def speed_up_lora(model: nn.Module, product_dtype: torch.dtype | None = None) ->
     """
     count = 0
     for parent in model.modules():
-        children = {name: child for name, child in parent.named_children() if type(child) is LoraLinear}
+        children = {name: child for name, child in parent.named_children() if _is_known(child)}
         for names in _SAME_INPUT:
             group = [children.pop(name) for name in names if name in children]
             if group:
@@ -63,7 +63,7 @@ def choose_product_dtype(device: torch.device, dtype: torch.dtype) -> Literal["f
 def restore_lora(model: nn.Module) -> None:
     """Take :func:`speed_up_lora` back."""
     for module in model.modules():
-        if type(module) is LoraLinear:
+        if _is_known(module):
             module.__dict__.pop("forward", None)
 
 
@@ -85,7 +85,7 @@ class _SharedInput:
     input is computed by itself from then on.
     """
 
-    def __init__(self, layers: list[LoraLinear], product_dtype: torch.dtype | None) -> None:
+    def __init__(self, layers: list[LoraLayer], product_dtype: torch.dtype | None) -> None:
         self._layers = layers
         self._product_dtype = product_dtype
         self._together = len(layers) > 1
@@ -118,13 +118,13 @@ class _SharedInput:
 
         return forward
 
-    def _compute(self, layers: list[LoraLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _compute(self, layers: list[LoraLayer], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         projections = [_projection(layer) for layer in layers]
         tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
         scalings = tuple(p.scaling for p in projections)
         return _LoraProjections.apply(x, self._product_dtype or x.dtype, scalings, *tensors)  # type: ignore[no-any-return]
 
-    def _beside(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    def _beside(self, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         """Return the base layer's own product, whatever it is made of, with the low-rank part added into it."""
         (name,) = layer.active_adapters
         base = layer.base_layer(x)
@@ -133,7 +133,12 @@ class _SharedInput:
         return _LowRankInto.apply(base, dropped, lora_a, lora_b, layer.scaling[name])  # type: ignore[no-any-return]
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def _is_known(module: nn.Module) -> bool:
+    """Return whether ``module`` is PEFT's LoRA on a linear layer, ordinary or quantised by bitsandbytes."""
+    return isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear8bitLt", "Linear4bit")
+
+
+def _is_plain(layer: LoraLayer) -> bool:
     """Return whether ``layer`` computes W x + s B A x now, with one adapter of the common kind."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
@@ -142,7 +147,7 @@ def _is_plain(layer: LoraLinear) -> bool:
     return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
-def _is_fusible(layer: LoraLinear) -> bool:
+def _is_fusible(layer: LoraLayer) -> bool:
     """Return whether W is an ordinary frozen matrix, and x goes to A as it is."""
     base = layer.base_layer
     dropout = layer.lora_dropout[layer.active_adapters[0]]
@@ -150,7 +155,7 @@ def _is_fusible(layer: LoraLinear) -> bool:
     return type(base) is nn.Linear and no_dropout and not any(p.requires_grad for p in base.parameters())
 
 
-def _projection(layer: LoraLinear) -> _Projection:
+def _projection(layer: LoraLayer) -> _Projection:
     (name,) = layer.active_adapters
     base: Any = layer.base_layer
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
