@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorasmith.data.dataset import prepare_dataset
+import numpy as np
+
+from lorasmith.data.dataset import NO_ROOM, OVERLONG, TokenizedDataset, prepare_dataset
 from lorasmith.data.example import Example
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.readers import Position
@@ -13,7 +15,8 @@ from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger
 from lorasmith.data.settings import DataSettings
 from lorasmith.data.sources import Source, open_source
-from lorasmith.errors import DataError
+from lorasmith.data.tokens import encode
+from lorasmith.errors import DataError, RecipeError
 from lorasmith.evaluation.overlap import find_leaks
 from lorasmith.evaluation.questions import EvaluationRow, read_evaluation_rows, spread_evenly
 from lorasmith.evaluation.settings import ReportSettings
@@ -21,18 +24,29 @@ from lorasmith.model.run_record import RunRecord
 from lorasmith.training.schedule import split_for_validation
 from lorasmith.training.settings import TrainingSettings
 
+_LATE_SKIPS = {OVERLONG, NO_ROOM, "recipe"}  # a receipt's words for rows that were read and then left out
+
 Kind = Literal["held-out file", "validation file", "validation share"]
 
 
 @dataclass(frozen=True, slots=True)
+class Leak:
+    """A held-out row that was trained on, and so is left out: its question and place, and that in the training data."""
+
+    question: str
+    where: str
+    trained_at: str
+
+
+@dataclass(frozen=True, slots=True)
 class QuestionSet:
-    """The questions of one source that are asked. ``leaked``: places left out, and where they were trained on."""
+    """The questions of one source that are asked, and those that are left out."""
 
     name: str
     kind: Kind
     num_rows: int
     rows: tuple[EvaluationRow, ...]
-    leaked: dict[str, str]
+    leaked: tuple[Leak, ...]
 
 
 class TrainingData:
@@ -43,7 +57,7 @@ class TrainingData:
         self._training = TrainingSettings.model_validate(record.settings["training"])
         self._source: Source | None = None
         self.note: str | None = None
-        self.held_out: frozenset[str] = frozenset()  # places of the validation share
+        self._held_out: frozenset[int] = frozenset()  # the validation share, by number among what is read
         self._place = locate(self._data.train, run_dir)
         try:
             self._source = open_source(self._place, split=self._data.split)
@@ -64,7 +78,7 @@ class TrainingData:
 
     def examples(self) -> Iterator[Example]:
         """Yield what was trained on, without the validation share; nothing where it is gone."""
-        return (example for example in self._read() if example.where not in self.held_out)
+        return (example for number, example in enumerate(self._read()) if number not in self._held_out)
 
     def hold_out_share(self, recipe: PromptRecipe, tokenizer: Any) -> list[EvaluationRow]:
         """Return the rows of the run's validation share, and leave them out of ``examples`` from now on."""
@@ -73,8 +87,28 @@ class TrainingData:
         data = self._data.model_copy(update={"train": self._place, "on_bad_row": "skip"})
         used = prepare_dataset(data, recipe, tokenizer)
         _, held_out = split_for_validation(len(used), self._training)
-        self.held_out = frozenset(used.where(i) for i in held_out)
-        return [as_row(example) for example in self._read() if example.where in self.held_out]
+        numbers = list(self._number_used(used, recipe, tokenizer))
+        self._held_out = frozenset(numbers[place] for place in held_out)
+        return [as_row(example) for number, example in enumerate(self._read()) if number in self._held_out]
+
+    def _number_used(self, used: TokenizedDataset, recipe: PromptRecipe, tokenizer: Any) -> Iterator[int]:
+        """Yield the number of each used row among all that are read; some of these may be too long or refused.
+
+        Places do not tell rows apart: a .json file may be one line. So where rows were left out, tokens are compared.
+        """
+        if not _LATE_SKIPS & used.receipt.skipped.keys():
+            yield from range(len(used))
+            return
+        place = 0
+        for number, example in enumerate(self._read()):
+            try:
+                ids, _ = encode(recipe.render(example), tokenizer)
+            except RecipeError:
+                continue
+            wanted = used[place].input_ids if place < len(used) else None
+            if wanted is not None and np.array_equal(ids[: len(wanted) - 1], wanted[:-1]):
+                place += 1
+                yield number
 
     def _read(self) -> Iterator[Example]:
         if self._source is None:
@@ -125,17 +159,18 @@ def choose_questions(
         found = [(record.data["source"], "validation share", share)]
     else:
         found = []
-    leaks = find_leaks([row for _, _, rows in found for row in rows], training.examples())
-    return tuple(
-        QuestionSet(
-            Path(name).name,
-            kind,
-            len(rows),
-            tuple(spread_evenly([row for row in rows if row.where not in leaks], settings.max_questions)),
-            {row.where: leaks[row.where] for row in rows if row.where in leaks},
-        )
-        for name, kind, rows in found
-    )
+    places = find_leaks([row for _, _, rows in found for row in rows], training.examples())
+    sets, first = [], 0
+    for name, kind, rows in found:
+        trained_at = [places.get(first + number) for number in range(len(rows))]
+        new = [row for row, place in zip(rows, trained_at, strict=True) if place is None]
+        leaked = [
+            Leak(r.question, r.where, place) for r, place in zip(rows, trained_at, strict=True) if place
+        ]
+        asked = tuple(spread_evenly(new, settings.max_questions))
+        sets.append(QuestionSet(Path(name).name, kind, len(rows), asked, tuple(leaked)))
+        first += len(rows)
+    return tuple(sets)
 
 
 def sample_training(examples: Iterable[Example], num_examples: int, most: int) -> list[EvaluationRow]:

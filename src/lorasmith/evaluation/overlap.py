@@ -24,19 +24,19 @@ class Copying:
     whole_of: str | None
 
 
-def find_leaks(rows: Sequence[EvaluationRow], training: Iterable[Example]) -> dict[str, str]:
-    """Return the place in the training data of each held-out row that stands there too, by the row's place.
+def find_leaks(rows: Sequence[EvaluationRow], training: Iterable[Example]) -> dict[int, str]:
+    """Return where each held-out row that was trained on stands in the training data, by the row's number.
 
     The same question is the same words in the same order; capitals, punctuation and white space do not matter.
     """
-    keys = {row.where: _question_key(row.asked) for row in rows}
-    wanted = set(keys.values())
+    keys = [_question_key(row.asked) for row in rows]
+    wanted = set(keys)
     found: dict[str, str] = {}
     for example in training:
         key = _question_key(example.question)
         if key in wanted:
             found.setdefault(key, example.where)
-    return {where: found[key] for where, key in keys.items() if key in found}
+    return {number: found[key] for number, key in enumerate(keys) if key in found}
 
 
 def measure_copying(answers: Sequence[str], training: Iterable[Example]) -> list[Copying]:

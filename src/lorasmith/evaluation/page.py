@@ -80,7 +80,7 @@ def _held_out_part(held_out: HeldOut) -> dict[str, Any]:
         "kinds": [(kind, name) for kind, name in _KINDS if kind == "all" or kind in used],
         "medians": [(group.name, round(median(group.words))) for group in _lengths(held_out)],
         "copied": _copied(held_out),
-        "leaked": [pair for question_set in held_out.sets for pair in question_set.leaked.items()],
+        "leaked": [leak for question_set in held_out.sets for leak in question_set.leaked],
         "has_training_data": held_out.copying is not None,
     }
 

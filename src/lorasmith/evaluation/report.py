@@ -314,8 +314,14 @@ def _held_out_json(held_out: HeldOut) -> dict[str, Any]:
     sides = {"base": held_out.base, "tuned": held_out.tuned, "merged": held_out.merged}
     return {
         "sets": [
-            {"name": s.name, "kind": s.kind, "rows": s.num_rows, "asked": len(s.rows), "leaked": s.leaked}
-            for s in held_out.sets
+            {
+                "name": question_set.name,
+                "kind": question_set.kind,
+                "rows": question_set.num_rows,
+                "asked": len(question_set.rows),
+                "leaked": [asdict(leak) for leak in question_set.leaked],
+            }
+            for question_set in held_out.sets
         ],
         "keywords": [row.keywords for row in held_out.rows],
         "where": [row.where for row in held_out.rows],
