@@ -53,7 +53,16 @@ class RunError(LorasmithError):
 
 
 class StorageError(LorasmithError):
-    """Raised when a file or folder cannot be written; what was whole before is whole still."""
+    """Raised when a file or folder cannot be written; what was whole before is whole still.
+
+    ``why`` says what the system reports, and its way out.
+    """
+
+    def __init__(self, path: object, why: str, hint: str = "") -> None:
+        self.why = why
+        super().__init__(
+            f"{path} cannot be written: {why}, or choose another place. What was saved before is whole.{hint}"
+        )
 
 
 class TrainingError(LorasmithError):

@@ -43,9 +43,9 @@ def storing(path: Path) -> Iterator[None]:
         number = fault.errno if isinstance(fault, OSError) else int(said[1]) if said else None
         if number not in _WHY:
             raise
-        raise StorageError(
-            f"{path} cannot be written: {_WHY[number]}, or choose another place. What was saved before is whole."
-        ) from fault
+        raise StorageError(path, _WHY[number]) from fault
+    except StorageError as fault:  # of a part of it, under a name that nobody knows
+        raise StorageError(path, fault.why) from fault
 
 
 def write_whole(path: Path, content: str | Callable[[IO[bytes]], None]) -> None:
@@ -112,12 +112,12 @@ def find_damage(folder: Path, needed: tuple[str, ...]) -> list[str]:
     are nobody's business (a file manager's notes, say).
     """
     try:
-        lines = (folder / CHECKSUMS).read_text(encoding="ascii").splitlines()
+        lines = (folder / CHECKSUMS).read_bytes().decode("ascii").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
         return [f"{CHECKSUMS} cannot be read ({getattr(fault, 'strerror', None) or 'not plain text'})"]
-    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w./-]+)", line) for line in lines]
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w./-]+)", line) for line in lines[:-1]]
     sums = {match[2]: match[1] for match in found if match}
-    if len(sums) != len(lines) or not sums.keys() >= set(needed):
+    if lines[-1] or len(sums) != len(found) or not sums.keys() >= set(needed):
         return [f"{CHECKSUMS} is damaged"]
     damage = []
     for name, digest in sums.items():

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from lorasmith.errors import DataError, StorageError
-from lorasmith.files import write_whole
+from lorasmith.files import storing, write_whole
 
 
 def cache_dir() -> Path:
@@ -25,11 +25,12 @@ def write_to_cache(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         DataError: the folder cannot be written to, or the disk is full.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, write)
-    except (OSError, StorageError) as error:
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, write)
+    except StorageError as error:
         raise DataError(
-            f"The cache file {path} cannot be written: {error.__cause__ or error}. "
+            f"The cache file {path} cannot be written: {error.why}. "
             "Name a folder with room by data.cache_dir or the environment variable LORASMITH_CACHE."
         ) from error
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from lorasmith.data.cache import cache_dir
 from lorasmith.errors import BaseModelError, StorageError
-from lorasmith.files import find_damage, whole_folder, write_checksums
+from lorasmith.files import CHECKSUMS, find_damage, whole_folder, write_checksums
 from lorasmith.model.quiet import quiet_loading
 from lorasmith.model.settings import BUILT_IN, BaseSettings
 
@@ -293,10 +293,11 @@ def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedB
     with file.open("rb") as f:
         digest.update(hashlib.file_digest(f, "sha256").digest())
     folder = cache_dir() / "bases" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    damage = find_damage(folder, needed=("config.json",)) if folder.is_dir() else []
+    there = [path.name for path in folder.iterdir() if path.name != CHECKSUMS] if folder.is_dir() else []
+    damage = find_damage(folder, needed=("config.json", *there)) if there else []
     if damage:
         tell(f"The copy of {file.name} in {folder} is damaged ({', '.join(damage)}): it is made again.")
-    if damage or not folder.is_dir():
+    if damage or not there:
         tell(f"Dequantising {file.name} once into {folder} ...")
         try:
             with whole_folder(folder) as part:
@@ -304,10 +305,8 @@ def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedB
                 write_checksums(part)
         except StorageError as fault:
             needed = file.stat().st_size * 7 / 1e9  # 4.5 bits a weight become 32
-            raise StorageError(
-                f"{fault} Dequantising {file.name} takes about {needed:.1f} GB; "
-                "the variable LORASMITH_CACHE names another folder."
-            ) from fault
+            hint = f" Dequantising {file.name} takes about {needed:.1f} GB; LORASMITH_CACHE names another folder."
+            raise StorageError(folder, fault.why, hint) from fault
     return ResolvedBase(BaseRef(id, None, fingerprint_weights(folder)), folder)
 
 
