@@ -216,7 +216,7 @@ def encode(segments: Sequence[Segment], tokenizer) -> tuple[np.ndarray, np.ndarr
 
 def label(input_ids: np.ndarray, is_learnt: np.ndarray) -> np.ndarray:
     """Return labels int32 [T]: the id where it is learnt, else IGNORE_INDEX."""
-    return np.where(is_learnt, input_ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+    return np.where(is_learnt, input_ids, np.int32(IGNORE_INDEX)).astype(np.int32, copy=False)
 
 
 def truncate(
