@@ -122,6 +122,8 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not YAML, or YAML that no run file needs: aliases, other tags than YAML's own.
     """
+    if len(text) > _MAX_BYTES:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, and {_MAX_BYTES:,} are enough for all settings")
     try:
         return yaml.load(text, Loader=_RunFileLoader)
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
