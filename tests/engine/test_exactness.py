@@ -132,6 +132,21 @@ def test_checkpointing_can_be_switched_between_packs_and_moves_no_bit(family):
         assert torch.equal(gradient, found[2][name]), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("product_dtype", ["same", "float32"])
+def test_in_bfloat16_the_loss_is_within_a_hundredth(family, product_dtype):
+    model = adapted(family).train()
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.bfloat16()
+    plain_loss, plain_gradients = plain_loss_and_gradients(model, EXAMPLES)
+    loss, found = packed_loss_and_gradients(model, EXAMPLES, product_dtype=product_dtype)
+    assert loss == pytest.approx(plain_loss, rel=1e-2)
+    for name, expected in plain_gradients.items():
+        assert found[name].dtype is torch.float32
+        assert torch.cosine_similarity(found[name].flatten(), expected.flatten(), dim=0) > 0.9, name
+
+
 @pytest.mark.slow
 def test_compiled_layers_equal_one_by_one():
     model = adapted("llama").train()

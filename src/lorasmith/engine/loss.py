@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-_CHUNK_BYTES = 32 * 2**20  # float32 logits held at a time: larger ones leave the caches and page-fault
+# Float32 logits held at a time. On a CPU, larger ones leave the caches and page-fault; a GPU wants long products.
+_CHUNK_BYTES, _CHUNK_BYTES_OF_GPU = 32 * 2**20, 512 * 2**20
 
 
 def summed_cross_entropy(
@@ -36,7 +37,8 @@ def summed_cross_entropy(
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, head, bias, targets, weights, product_dtype):
-        rows = max(1, _CHUNK_BYTES // (4 * head.shape[0]))
+        chunk_bytes = _CHUNK_BYTES_OF_GPU if hidden.is_cuda else _CHUNK_BYTES
+        rows = max(1, chunk_bytes // (4 * head.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
