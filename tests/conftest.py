@@ -111,3 +111,26 @@ def tiny_base_folder(tmp_path_factory, tiny_tokenizer):
     make_tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training_rows():
+    return [{"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}."} for i in range(24)]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, tiny_base_folder, training_rows):
+    """A finished run with a quarter held out; tests that change it work on a copy."""
+    import json
+
+    from lorasmith.cli.run_file import load_run_file, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "faq.json").write_text(json.dumps(training_rows))
+    words = [f"base.model={tiny_base_folder}", f"data.train={folder / 'faq.json'}", "training.epochs=2"]
+    words += ["training.validation_share=0.25", "base.device=cpu", "base.dtype=float32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORASMITH_CACHE", str(folder / "cache"))
+        for _ in train(load_run_file(None, words, {}), folder / "runs" / "faq"):
+            pass
+    return folder / "runs" / "faq"

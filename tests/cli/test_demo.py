@@ -12,20 +12,22 @@ def test_the_whole_road_and_again(tiny_base_folder, tmp_path, monkeypatch, capsy
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     settings = [f"base.model={tiny_base_folder}", "data.max_seq_len=1024", "training.max_steps=2"]
+    settings += ["report.max_answer_tokens=6", "report.max_training_questions=20"]
     demo.command(out=Path("merged/handbook"), settings=settings)
     shown = capsys.readouterr().out
     for station in ("Check the data", "before", "Train", "after", "Merge, and prove it", "Report"):
         assert station in shown
     assert "Ready to train" in shown
     assert "Proven equal" in shown
-    assert "0 of 200 (0%)" in shown
+    assert "0 of 90 (0%) of the held-out answers are right" in shown
+    assert "Do not ship" in shown
     assert "What next" in shown
-    report = json.loads((tmp_path / "runs" / "handbook" / "demo_report.json").read_text())
-    assert {name: len(r["records"]) for name, r in report["tuned"].items()} == {
-        "training questions": 200,
-        "as colleagues type them": 60,
-        "hard rewordings": 30,
-    }
+    report = json.loads((tmp_path / "runs" / "handbook" / "report.json").read_text())
+    asked = {question_set["name"]: question_set["asked"] for question_set in report["held_out"]["sets"]}
+    assert asked == {"handbook_eval_ordinary.json": 60, "handbook_eval.json": 30}
+    assert len(report["held_out"]["merged"]["records"]) == 90
+    assert len(report["trained"]["records"]) == 20
+    assert (tmp_path / "runs" / "handbook" / "report.html").is_file()
     assert (tmp_path / "merged" / "handbook" / "model.safetensors").is_file()
 
     demo.command(out=Path("merged/handbook"), settings=settings)  # finds the finished run

@@ -115,13 +115,15 @@ def _question(held_out: HeldOut, place: int) -> dict[str, Any]:
         kinds.append("merged")
     copying = held_out.copying and held_out.copying[place]
     sides = [_side("base", base), _side("tuned", tuned, copying or None)]
+    if merged:
+        sides.append({**_side("merged", merged), "is_repeated": merged.answer == tuned.answer})
     return {
         "question": _asked(row),
         "reference": row.reference,
         "keywords": name_keywords(row.keywords),
         "where": row.where,
         "kinds": kinds,
-        "sides": [*sides, _side("merged", merged)] if merged else sides,
+        "sides": sides,
     }
 
 
@@ -133,6 +135,7 @@ def _side(name: str, record: AnswerRecord, copying: Copying | None = None) -> di
     return {
         "name": name,
         "answer": record.answer.strip(),
+        "is_repeated": False,
         "is_right": record.is_right,
         "is_cut": record.finish_reason == "length",
         "likeness": likeness,
