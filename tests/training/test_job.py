@@ -6,7 +6,15 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import BaseRef
 from lorasmith.model.run_record import RunRecord, write_run_record
 from lorasmith.model.settings import BaseSettings
-from lorasmith.training.job import _choose_device, _set_threads, _setting_differences
+from lorasmith.training.fit import Fit
+from lorasmith.training.job import (
+    _choose_device,
+    _recorded_fit,
+    _set_threads,
+    _setting_differences,
+    _with_fit,
+)
+from lorasmith.training.settings import TrainingSettings
 
 RECORDED = {"base": {"dtype": "bfloat16"}, "engine": {"threads": 1}}
 
@@ -54,3 +62,33 @@ def test_what_matters_is_told_apart_from_what_does_not():
     with_dropout = settings(method__lora_dropout=0.1)
     changed = settings(method__lora_dropout=0.1, training__micro_batch_tokens=512)
     assert _setting_differences(with_dropout, changed) == ["training.micro_batch_tokens: 2048 then, 512 now"]
+
+
+def record_with(fit, micro_batch_tokens="auto"):
+    auto = {
+        "training": {"micro_batch_tokens": micro_batch_tokens},
+        "engine": {"gradient_checkpointing": "auto"},
+    }
+    base = BaseRef("x", None, "f" * 64)
+    return _with_fit(RunRecord(name="r", base=base, recipe={}, settings=auto, data={}), fit)
+
+
+def test_the_cut_of_the_first_start_is_recorded_and_stays(tmp_path):
+    fit = Fit(1024, True, "measured", 900, 1e5, 10**9, 900, 0.01)
+    record = record_with(fit)
+    assert record.settings["training"]["micro_batch_tokens"] == 1024
+    assert record.settings["engine"]["gradient_checkpointing"] is True
+    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings()) is None
+    write_run_record(tmp_path, record)
+    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings()) == fit
+    # A cut that is named anew wins.
+    assert _recorded_fit(tmp_path, TrainingSettings(micro_batch_tokens=512), EngineSettings()) is None
+    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings(gradient_checkpointing=False)) is None
+
+
+def test_what_running_out_of_memory_found_stays_under_the_same_settings(tmp_path):
+    record = record_with(Fit(2048, False), micro_batch_tokens=2048)
+    write_run_record(tmp_path, _with_fit(record, Fit(512, False)))
+    fit = _recorded_fit(tmp_path, TrainingSettings(micro_batch_tokens=2048), EngineSettings())
+    assert fit is not None
+    assert fit.micro_batch_tokens == 512

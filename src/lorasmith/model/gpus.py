@@ -27,6 +27,11 @@ class Gpu:
     def memory_bytes(self) -> int:
         return round(self.memory_gib * 2**30)
 
+    @property
+    def best_dtype(self) -> str:
+        """What base.dtype=auto means on it."""
+        return "bfloat16" if self.has_bfloat16 else "float32"
+
     def peak_flops(self, dtype: str) -> float:
         """Return the peak rate in FLOP/s for products in ``dtype``."""
         return 1e12 * (self.float32_tflops if dtype == "float32" else self.half_tflops)

@@ -13,7 +13,6 @@ from peft import PeftModel
 
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
-from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.gpus import Gpu
 from lorasmith.model.memory import free_bytes
 from lorasmith.packing.plan import predict_gain
@@ -24,6 +23,7 @@ from lorasmith.training.settings import TrainingSettings
 
 _CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspace
 _SHARE_OF_PEAK_RATE = (0.25, 0.5)  # assumed: what a step reaches of a GPU's peak rate, small and large models
+_SECONDS_TO_START_AN_OPERATION = 8e-6  # assumed: eager PyTorch's own work for a kernel, however small
 _BYTES_OF_A_TOKEN_ON_DISK = 4
 
 
@@ -95,30 +95,31 @@ def estimate_here(
 def estimate_on(
     gpu: Gpu,
     count: int,
-    sketch: PeftModel,
+    rehearsal: Rehearsal,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
-    engine: EngineSettings,
+    checkpointing: bool | str,
     dtype: str,
 ) -> Estimate:
-    """Return what a run would take on ``count`` GPUs of a kind; ``sketch`` is the model without weights in ``dtype``.
+    """Return what a run would take on ``count`` GPUs of a kind; ``rehearsal`` is of the model in ``dtype``.
 
     Each of several GPUs holds the whole model and takes its share of every step's examples.
     """
-    rehearsal = Rehearsal(sketch, engine)
-    weights, training_bytes = _bytes_of_weights(sketch), bytes_of_training(sketch)
-    device = torch.device("cuda")
+    weights, training_bytes = _bytes_of_weights(rehearsal.model), bytes_of_training(rehearsal.model)
     room = gpu.memory_bytes - _CUDA_CONTEXT - weights - training_bytes
-    share = training.model_copy(update={"batch_size": -(-training.batch_size // count)})
-    fit, activations, flops = fit_computed(
-        rehearsal, dataset, share, engine.gradient_checkpointing, device, room
+    one_gpu = training.model_copy(update={"batch_size": -(-training.batch_size // count)})
+    fit, activations, pack = fit_computed(
+        rehearsal, dataset, one_gpu, checkpointing, torch.device("cuda"), room
     )
     num_tokens = tokens_to_compute(dataset, training, rehearsal.forward)
+    num_steps = training.num_steps(len(dataset))
     seconds = None
     if fit is not None:
+        products = num_tokens / count * pack.flops / fit.largest_pack_tokens
+        num_packs = max(num_steps, num_tokens / count / fit.largest_pack_tokens)
+        starts = num_packs * pack.num_operations * _SECONDS_TO_START_AN_OPERATION
         least, most = (
-            num_tokens * flops / fit.largest_pack_tokens / (gpu.peak_flops(dtype) * share * count)
-            for share in reversed(_SHARE_OF_PEAK_RATE)
+            max(starts, products / (gpu.peak_flops(dtype) * share)) for share in reversed(_SHARE_OF_PEAK_RATE)
         )
         seconds = (least, most)
     return Estimate(
@@ -132,7 +133,7 @@ def estimate_on(
             "CUDA context (assumed)": _CUDA_CONTEXT,
         },
         memory_bytes=gpu.memory_bytes,
-        num_steps=training.num_steps(len(dataset)),
+        num_steps=num_steps,
         num_tokens=num_tokens,
         seconds=seconds,
     )

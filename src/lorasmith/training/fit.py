@@ -27,7 +27,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.errors import TrainingError
 from lorasmith.model.memory import Peak, free_bytes, give_back_freed_memory, is_out_of_memory, measure_peak
 from lorasmith.packing.trie import Pack, pack_examples
-from lorasmith.training.rehearsal import Rehearsal
+from lorasmith.training.rehearsal import Rehearsal, Rehearsed
 from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import TrainingSettings
 
@@ -214,10 +214,10 @@ def fit_computed(
     checkpointing: bool | str,
     device: torch.device,
     room: int,
-) -> tuple[Fit | None, int, int]:
-    """Return the cut for a ``device`` with ``room`` bytes for a pack, without measuring; its bytes; its FLOP.
+) -> tuple[Fit | None, int, Rehearsed]:
+    """Return the cut for a ``device`` with ``room`` bytes for a pack, its bytes, and its heaviest pack's rehearsal.
 
-    None for the cut: not even the longest example alone fits; the bytes are then what that would take.
+    None for the cut: not even the longest example alone fits; the rest then tells what that would take.
     """
     chooser = _Chooser(dataset, training, rehearsal, device, _WASTE[device.type])
     can = rehearsal.forward.can_checkpoint
@@ -225,10 +225,10 @@ def fit_computed(
     rung = next((rung for rung in rungs if chooser.bytes_of(*rung) <= room), None)
     tokens, recompute = rung or rungs[-1]
     pack, need = chooser.heaviest(tokens), round(chooser.bytes_of(tokens, recompute))
-    flops = rehearsal.of(pack, checkpointing=recompute).flops
+    rehearsed = rehearsal.of(pack, checkpointing=recompute)
     if rung is None:
-        return None, need, flops
-    return Fit(tokens, recompute, "computed", pack.num_tokens, need / pack.num_tokens), need, flops
+        return None, need, rehearsed
+    return Fit(tokens, recompute, "computed", pack.num_tokens, need / pack.num_tokens), need, rehearsed
 
 
 def has_room_for(pack: Pack, fit: Fit, device: torch.device) -> bool:
@@ -266,8 +266,8 @@ def heaviest_pack(
 ) -> Pack:
     """Return the pack of at most ``max_tokens`` tokens that takes the most memory.
 
-    Looked at: a step of the longest examples, which no step of any epoch exceeds, and the largest steps of the
-    first epoch, whose shared prefixes make other shapes.
+    Looked at: a step of the longest examples, larger than any of the run if it is one pack, and the largest steps
+    of the first epoch, whose shared prefixes make other shapes.
     """
     lengths = example_lengths(dataset)
     size = min(training.batch_size, len(lengths))

@@ -495,6 +495,8 @@ def _setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for section, values in new.items():
         for key, value in values.items():
             before = old.get(section, {}).get(key)
-            if before != value and value != "auto" and (section, key) not in harmless and section not in ("run", "report"):
+            if section in ("run", "report") or (section, key) in harmless:
+                continue
+            if before != value and value != "auto":
                 found.append(f"{section}.{key}: {before} then, {value} now")
     return found

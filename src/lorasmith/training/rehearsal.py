@@ -9,6 +9,7 @@ kernel takes inside itself, and what an allocator wastes, is not seen.
 import copy
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorasmith.engine.attention import why_not_packed
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
-from lorasmith.packing.trie import Pack
+from lorasmith.errors import BaseModelError
+from lorasmith.model.methods import attach_adapter
+from lorasmith.model.settings import LoraSettings
+from lorasmith.packing.trie import Pack, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Rehearsed:
 
     peak_bytes: int
     flops: int  # of matrix products, forward and backward
+    num_operations: int  # a GPU cannot start them in no time
 
 
 def copy_without_weights(model: PeftModel) -> PeftModel:
@@ -41,12 +47,33 @@ def copy_without_weights(model: PeftModel) -> PeftModel:
     return copy.deepcopy(model, shapes)
 
 
+def build_without_weights(
+    folder: Path, method: LoraSettings, dtype: str, *, seed: int, trust_remote_code: bool = False
+) -> PeftModel:
+    """Return the model that ``folder``'s config.json describes, with an adapter, on the meta device.
+
+    Raises:
+        BaseModelError: transformers knows no causal language model of that config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as fault:
+        raise BaseModelError(f"{folder}/config.json describes no model that can be built: {fault}") from fault
+    return attach_adapter(model.requires_grad_(False), method, seed=seed)
+
+
 class Rehearsal:
     """Rehearses packs for a model without weights, each pack and setting once."""
 
     def __init__(self, sketch: PeftModel, engine: EngineSettings) -> None:
         """``sketch`` is on the meta device, see :func:`copy_without_weights`."""
-        self._model = sketch.train()
+        self.model = sketch.train()
         # Compiled layers and CUDA's kernels keep less alive than buckets computed eagerly, so this is the upper end.
         attention = (
             "padded"
@@ -56,20 +83,20 @@ class Rehearsal:
         plain = {"attention": attention, "compile": False, "gradient_checkpointing": False}
         self.forward = PackForward(sketch, engine.model_copy(update=plain))
         assert self.forward.device.type == "meta", "a rehearsal with weights would be the real thing"
-        self._known: dict[tuple[int, bool], tuple[Pack, Rehearsed]] = {}
+        self._known: dict[tuple[tuple[Segment, ...], int, bool], Rehearsed] = {}
 
     def of(self, pack: Pack, *, checkpointing: bool) -> Rehearsed:
         """Return what the forward and backward pass of ``pack`` takes."""
-        key = (id(pack), checkpointing)
+        key = (pack.segments, len(pack.targets), checkpointing)
         if key not in self._known:
             self.forward.set_checkpointing(checkpointing)
-            for parameter in self._model.parameters():
+            for parameter in self.model.parameters():
                 if parameter.requires_grad:  # in a step of many packs they are there from the second on
                     parameter.grad = torch.zeros_like(parameter)
             with _Ledger() as ledger:
                 self.forward.summed_loss(pack).backward()
-            self._known[key] = pack, Rehearsed(ledger.peak_bytes, ledger.flops)
-        return self._known[key][1]
+            self._known[key] = Rehearsed(ledger.peak_bytes, ledger.flops, ledger.num_operations)
+        return self._known[key]
 
 
 class _Ledger(TorchDispatchMode):
@@ -80,6 +107,7 @@ class _Ledger(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self.flops = 0
+        self.num_operations = 0
         self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,6 +115,7 @@ class _Ledger(TorchDispatchMode):
             return torch.zeros((), dtype=args[0].dtype).item()
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.num_operations += not func.is_view
         old = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in old:

@@ -1,0 +1,169 @@
+"""``lorasmith estimate``: will the run fit, how long will it take, how much disk; here, or on GPUs by name."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lorasmith.cli.console import console
+from lorasmith.cli.run_file import RunFile, load_run_file, prepare
+
+if TYPE_CHECKING:
+    from lorasmith.training.estimate import Estimate
+
+CONTEXT_SETTINGS = {"ignore_unknown_options": False}
+EXIT_DOES_NOT_FIT = 1
+
+
+def command(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN.yaml [SECTION.KEY=VALUE]...",
+            help="A run file, or settings alone (data.train=FILE), as for lorasmith train.",
+        ),
+    ],
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:N]",
+            help="Compute it for this GPU, or for N of them, instead; may be given several times. "
+            "No GPU and no weights are needed, only the model's config and tokenizer.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+) -> None:
+    """Say whether a run fits into memory, how long it takes and what it writes.
+
+    Here it is measured: two passes, forward and backward, over the largest pack of the data, of which nothing
+    remains. For GPUs (--gpu) it is computed. The exit code is 1 where it does not fit.
+    """
+    words = list(arguments)
+    path = words.pop(0) if "=" not in words[0] else None
+    run_file = load_run_file(path, words)
+    if gpu:
+        estimates, disk = _compute(run_file, gpu)
+    else:
+        estimates, disk = _measure(run_file, quiet=as_json)
+    free_disk = shutil.disk_usage(_existing(Path(run_file.run.root))).free
+    if as_json:
+        report = {"estimates": [e.to_json() for e in estimates], "disk": disk, "free_disk_bytes": free_disk}
+        print(json.dumps(report, indent=2))
+    else:
+        _print_estimates(estimates)
+        _print_disk(disk, free_disk, Path(run_file.run.root))
+    if any(estimate.fit is None for estimate in estimates):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[str, int]]:
+    from lorasmith.model.memory import keep_freed_memory
+    from lorasmith.training.estimate import disk_needed, estimate_here
+
+    keep_freed_memory()  # as lorasmith train does
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(
+            run_file,
+            Path(folder) / "estimate",
+            say=lambda line: None if quiet else console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+            must_measure=True,
+        )
+    found = estimate_here(job.model, job.forward, job.dataset, job.training, job.fit)
+    return [found], disk_needed(job.model, job.dataset, job.training, validates=job.validation is not None)
+
+
+def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dict[str, int]]:
+    from lorasmith.data.dataset import prepare_dataset
+    from lorasmith.data.prompts import choose_recipe
+    from lorasmith.model.base import load_tokenizer, resolve_base
+    from lorasmith.model.gpus import find_gpu
+    from lorasmith.training.estimate import disk_needed, estimate_on
+    from lorasmith.training.rehearsal import Rehearsal, build_without_weights
+    from lorasmith.training.schedule import split_for_validation
+
+    wanted = [find_gpu(name) for name in names]
+    trusts = run_file.base.trust_remote_code
+    base = resolve_base(run_file.base, fetches_weights=False)
+    tokenizer = load_tokenizer(base, trust_remote_code=trusts)
+    recipe, _ = choose_recipe(run_file.prompt, tokenizer)
+    every = prepare_dataset(run_file.data, recipe, tokenizer)
+    kept, held_out = split_for_validation(len(every), run_file.training)
+    dataset = every.subset(kept)
+    rehearsals: dict[str, Rehearsal] = {}
+    estimates = []
+    for gpu, count in wanted:
+        dtype = gpu.best_dtype if run_file.base.dtype == "auto" else run_file.base.dtype
+        if dtype not in rehearsals:
+            sketch = build_without_weights(
+                base.folder, run_file.method, dtype, seed=run_file.training.seed, trust_remote_code=trusts
+            )
+            rehearsals[dtype] = Rehearsal(sketch, run_file.engine)
+        checkpointing = run_file.engine.gradient_checkpointing
+        estimates.append(
+            estimate_on(gpu, count, rehearsals[dtype], dataset, run_file.training, checkpointing, dtype)
+        )
+    validates = bool(held_out) or run_file.data.validation is not None
+    return estimates, disk_needed(rehearsals[dtype].model, dataset, run_file.training, validates=validates)
+
+
+def _print_estimates(estimates: list["Estimate"]) -> None:
+    first = estimates[0]
+    table = Table("", *(estimate.place for estimate in estimates), box=None, pad_edge=False)
+    for what in first.parts:
+        table.add_row(what, *(_gib(estimate.parts[what]) for estimate in estimates))
+    table.add_row("[bold]at the peak[/]", *(f"[bold]{_gib(e.peak_bytes)}[/]" for e in estimates))
+    table.add_row("memory there", *(_gib(estimate.memory_bytes) for estimate in estimates))
+    table.add_row("fits", *("[green]yes[/]" if e.fit else "[red]no[/]" for e in estimates))
+    table.add_row("tokens in a pack", *(f"{e.fit.micro_batch_tokens:,}" if e.fit else "-" for e in estimates))
+    table.add_row(
+        "activations",
+        *(("recomputed" if e.fit.gradient_checkpointing else "kept") if e.fit else "-" for e in estimates),
+    )
+    table.add_row("a step", *(_span(e, 1 / e.num_steps) for e in estimates))
+    table.add_row(f"all {first.num_steps:,} steps", *(_span(e, 1.0) for e in estimates))
+    console.print(table)
+    console.print(f"Tokens of the run: {first.num_tokens:,}, shared prefixes counted once. {_basis(first)}")
+
+
+def _basis(estimate: "Estimate") -> str:
+    if estimate.fit is not None and estimate.fit.seconds_per_token:
+        return f"Peak and time: {estimate.how}. Validation and saving come on top."
+    return (
+        "All of it is computed, not measured: memory by a rehearsal without weights, plus 15% for the allocator and "
+        "0.8 GiB for CUDA; time at 25% to 50% of the GPU's peak rate, without validation and saving."
+    )
+
+
+def _span(estimate: "Estimate", share: float) -> str:
+    from lorasmith.training.estimate import in_words
+
+    if estimate.seconds is None:
+        return "-"
+    least, most = (seconds * share for seconds in estimate.seconds)
+    if most < 90:
+        return f"{least:.2g} s" if least == most else f"{least:.2g} to {most:.2g} s"
+    return in_words(least) if least == most else f"{in_words(least)} to {in_words(most)}"
+
+
+def _print_disk(disk: dict[str, int], free: int, root: Path) -> None:
+    total = sum(disk.values())
+    parts = ", ".join(f"{what} {num_bytes / 2**20:,.0f} MiB" for what, num_bytes in disk.items())
+    console.print(
+        f"Disk: {total / 2**20:,.0f} MiB ({parts}); {free / 2**20:,.0f} MiB are free in {escape(str(root))}."
+    )
+    if total > free:
+        console.print("[yellow]Warning:[/] that is more than is free. Name another folder with run.root=DIR.")
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _gib(num_bytes: Any) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

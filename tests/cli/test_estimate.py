@@ -1,0 +1,85 @@
+"""``lorasmith estimate``: here by measurement, for a GPU by computing, also without any weights."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from lorasmith.cli import main
+from lorasmith.errors import LorasmithError
+
+
+@pytest.fixture
+def lorasmith(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str):
+        monkeypatch.setattr("sys.argv", ["lorasmith", *words])
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(main.app, list(words))
+        if result.exception and not isinstance(result.exception, (LorasmithError, SystemExit)):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def words(tmp_path, tiny_base_folder):
+    rows = [{"instruction": f"What is number {i}?", "output": f"It is the {i * 7}th."} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return (f"base.model={tiny_base_folder}", "data.train=rows.json", "training.epochs=4")
+
+
+def test_here_it_is_measured_and_nothing_is_left(lorasmith, words, tmp_path):
+    result = lorasmith("estimate", *words)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "at the peak",
+        "fits",
+        "yes",
+        "all 12 steps",
+        "Peak and time: measured (",
+        "Disk:",
+        "merged model",
+    ):
+        assert text in result.output, text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
+
+
+def test_the_parts_are_the_peak_in_json_too(lorasmith, words):
+    report = json.loads(lorasmith("estimate", *words, "--json").output)
+    (here,) = report["estimates"]
+    assert here["fits"]
+    assert here["how"].startswith("measured")
+    assert sum(here["parts"].values()) == here["peak_bytes"]
+    assert here["seconds"][0] == pytest.approx(here["seconds_per_step"][0] * 12)
+    # r=16 on q, k, v, o, gate, up, down of two layers of hidden size 32, keys of 16, middle size 64.
+    assert report["disk"]["adapter"] == 4 * 2 * 16 * (64 + 48 + 48 + 64 + 96 + 96 + 96)
+    assert report["free_disk_bytes"] > 0
+
+
+def test_for_a_gpu_it_is_computed_from_the_config_alone(lorasmith, words, tmp_path, tiny_base_folder):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    result = lorasmith("estimate", f"base.model={bare}", *words[1:], "--gpu", "T4", "--gpu", "a10g:2")
+    assert result.exit_code == 0, result.output
+    for text in ("T4", "2 x A10G", "15.00 GiB", "computed, not measured", "CUDA context (assumed)"):
+        assert text in result.output, text
+
+
+def test_what_does_not_fit_is_told_by_the_exit_code(lorasmith, words, monkeypatch):
+    from lorasmith.model import gpus
+
+    monkeypatch.setitem(gpus.GPUS, "Tiny", gpus.Gpu("Tiny", 0.5, 1, 1))
+    result = lorasmith("estimate", *words, "--gpu", "tiny")
+    assert result.exit_code == 1
+    assert "no" in result.output
+    assert (
+        json.loads(lorasmith("estimate", *words, "--gpu", "tiny", "--json").output)["estimates"][0]["seconds"]
+        is None
+    )
+
+
+def test_a_wrong_gpu_is_refused_with_the_near_name(lorasmith, words):
+    assert "Did you mean T4?" in str(lorasmith("estimate", *words, "--gpu", "T4x").exception)
