@@ -34,9 +34,9 @@ def run_tasks(
         MissingExtraError: lm-eval is not installed. SettingsError: a task is neither known nor a task file.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError("--tasks", "lm-eval", "lm-eval") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -113,8 +113,8 @@ def _question(held_out: HeldOut, place: int) -> dict[str, Any]:
         kinds.append("cut")
     if merged and merged.answer != tuned.answer:
         kinds.append("merged")
-    copying = held_out.copying and held_out.copying[place]
-    sides = [_side("base", base), _side("tuned", tuned, copying or None)]
+    copying = None if held_out.copying is None else held_out.copying[place]
+    sides = [_side("base", base), _side("tuned", tuned, copying)]
     if merged:
         sides.append({**_side("merged", merged), "is_repeated": merged.answer == tuned.answer})
     return {
@@ -251,7 +251,7 @@ def _origin(report: Report) -> list[tuple[str, Any]]:
         ("Trained", record.created),
         ("Trained with", ", ".join(f"{name} {number}" for name, number in record.versions.items())),
         ("Asked with", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
-        ("This report took", f"{report.seconds:,.0f} s"),
+        ("Asking for this report took", f"{report.seconds:,.0f} s, without what was asked before"),
     ]
     return [(name, value) for name, value in rows if value is not None]
 

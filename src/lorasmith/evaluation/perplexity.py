@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def text_surprise(chat: Chat, passages: Sequence[str]) -> Surprise:
 def _surprise(chat: Chat, examples: Sequence[TokenizedExample]) -> Surprise:
     total, num_tokens = 0.0, 0
     with chat.answering() as model:
-        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         asks_with = bare.config._attn_implementation
         forward = PackForward(model, EngineSettings())
         try:

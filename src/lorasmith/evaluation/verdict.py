@@ -37,7 +37,7 @@ class Verdict:
 
 def decide(reasons: Sequence[Reason]) -> Verdict:
     """Return the verdict that follows from the reasons, the gravest first."""
-    worst = max((reason.level for reason in reasons), key=_SEVERITY.__getitem__)
+    worst: Level = max((reason.level for reason in reasons), key=lambda level: _SEVERITY[level])
     word: Word = "ship" if worst == "good" else worst
     briefs = [reason.brief for reason in reasons if reason.level == worst and reason.brief]
     briefs = briefs if worst != "good" else briefs[:_MOST_BRIEFS]
