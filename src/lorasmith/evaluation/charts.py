@@ -87,7 +87,7 @@ def draw_share(count: Count, look: str) -> Markup:
     return Markup(
         f'<svg class="share" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(str(count))}, 95% interval {low:.0f} to {high:.0f}%">'
-        f'<rect class="trough" width="100" height="10"/><rect class="bar-{look}" width="{share:.1f}" height="10"/>'
+        f'<rect class="track" width="100" height="10"/><rect class="bar-{look}" width="{share:.1f}" height="10"/>'
         f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="5" y2="5"/>'
         f'<line class="whisker" x1="{low:.1f}" x2="{low:.1f}" y1="2" y2="8"/>'
         f'<line class="whisker" x1="{high:.1f}" x2="{high:.1f}" y1="2" y2="8"/></svg>'
