@@ -19,7 +19,7 @@ from lorasmith.errors import DataError, RecipeError, SettingsError
     [
         ("2001-13-99", "month must be in 1..12"),
         ("2001-01-01 00:00:00 +99:99", "a value in it cannot be read"),
-        ("0001-01-01 00:00:00 +23:00", "date value out of range"),
+        ("0001-01-01 00:00:00+23:00", "date value out of range"),
         ("1" * 5000, "4300 digits"),
         ("1" + ":59" * 300 + ".5", "too large to convert to float"),
         ("0b_", "invalid literal for int"),
@@ -99,7 +99,7 @@ def parquet(column):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b'{"a": ' + b"[" * 20_000, "recursion|not JSON|nested"),
+        ("a.json", b'{"a": ' + b"[" * 20_000, "not a list of rows"),
         ("a.jsonl", b'{"a": ' + b"[" * 20_000, "recursion|not JSON|nested"),
         ("a.parquet", parquet(pyarrow.array([2**62], pyarrow.timestamp("us"))), "is damaged: after row 0"),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "is not a Parquet file"),
