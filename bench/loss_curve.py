@@ -6,21 +6,28 @@ Both start from the same adapter and take the same examples in the same order, w
 The plain path computes one example at a time, as the models come from transformers and PEFT. In bfloat16 the two
 round differently and so drift apart; how far, is compared with what another rounding of the engine itself does: the
 same steps in float32.
+
+On a CPU without 16-bit units torch's own 16-bit products run at a thirtieth of float32's speed. There the plain path's
+products are computed in float32 and rounded once each, which is what the units of other machines do.
 """
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
 from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.tokens import IGNORE_INDEX
 from lorasmith.engine.forward import PackForward
+from lorasmith.engine.linear import choose_product_dtype
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import choose_device
@@ -31,7 +38,16 @@ from lorasmith.packing.trie import pack_examples
 from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import TrainingSettings
 
-Summed = Callable[[list[int]], float]  # indices of a step's examples -> their summed loss, gradients added
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class ProductsInFloat32(TorchDispatchMode):
+    """Compute 16-bit matrix products by float32 ones, each rounded once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
+            return func(*(factor.float() for factor in args), **(kwargs or {})).to(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def read_data(model: str, data: str, max_seq_len: int) -> TokenizedDataset:
@@ -53,8 +69,11 @@ def train(
     order = order_steps(dataset, training)
     if path == "engine":
         forward = PackForward(adapted, EngineSettings())
+        products = contextlib.nullcontext()
     else:
         base.set_attn_implementation("sdpa")
+        slow = choose_product_dtype(base.device, base.dtype) == "float32"
+        products = ProductsInFloat32() if slow else contextlib.nullcontext()
 
     def by_engine(indices: list[int], num_learnt: int) -> float:
         total = 0.0
@@ -83,7 +102,8 @@ def train(
         indices = order.examples_of(step)
         num_learnt = sum(int((dataset[i].labels[1:] != IGNORE_INDEX).sum()) for i in indices)
         optimizer.zero_grad(set_to_none=True)
-        total = (by_engine if path == "engine" else one_by_one)(indices, num_learnt)
+        with products:
+            total = (by_engine if path == "engine" else one_by_one)(indices, num_learnt)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         yield total / num_learnt
@@ -138,7 +158,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-seq-len", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--plot", type=Path)
