@@ -99,5 +99,5 @@ def test_the_suggested_rate_shrinks_with_the_model():
 
 @pytest.mark.parametrize("rate", [0, -1e-4, float("inf"), float("nan")])
 def test_a_rate_that_teaches_nothing_is_refused(rate):
-    with pytest.raises(ValueError, match="above 0|finite number"):
+    with pytest.raises(ValueError, match=r"above 0|finite number"):
         TrainingSettings(learning_rate=rate)

@@ -19,7 +19,10 @@ from lorasmith.errors import DataError, LorasmithError, SettingsError
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("Write a commented run file and sample data, ready to train.", "Start"),
     "check": ("Read a data file as training will: receipt, statistics, what the model sees.", "Start"),
-    "estimate": ("Say whether a run fits, how long it takes and what it writes, before it is started.", "Start"),
+    "estimate": (
+        "Say whether a run fits, how long it takes and what it writes, before it is started.",
+        "Start",
+    ),
     "train": ("Train a LoRA adapter from a run file, or from --model and --data.", "The road"),
     "ask": ("Ask one question of a run, an adapter or a merged model.", "The road"),
     "chat": ("Talk with a run, an adapter or a merged model.", "The road"),

@@ -123,7 +123,9 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: it is not YAML, or YAML that no run file needs: aliases, other tags than YAML's own.
     """
     if len(text) > _MAX_BYTES:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, and {_MAX_BYTES:,} are enough for all settings")
+        raise yaml.YAMLError(
+            f"it has {len(text):,} characters, and {_MAX_BYTES:,} are enough for all settings"
+        )
     try:
         return yaml.load(text, Loader=_RunFileLoader)
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -189,7 +191,13 @@ def _take_file(
             faults.append(f"{path}: {_describe_unknown(str(section), is_section=True)}")
 
 
-_PATHS = {("data", "train"), ("data", "validation"), ("base", "model"), ("prompt", "recipe"), ("report", "data")}
+_PATHS = {
+    ("data", "train"),
+    ("data", "validation"),
+    ("base", "model"),
+    ("prompt", "recipe"),
+    ("report", "data"),
+}
 _NAMES = {
     "auto",
     "alpaca",
