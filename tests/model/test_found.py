@@ -59,7 +59,7 @@ def test_a_whole_model_has_no_adapter_and_says_how_it_is_asked(run_dir, tiny_bas
 
 
 def test_only_runs_and_adapters_are_adapted(run_dir, tiny_base_folder):
-    with pytest.raises(RunError, match="without run.json"):
+    with pytest.raises(RunError, match=r"without run\.json"):
         find_adapted(tiny_base_folder)
     (run_dir / "adapter").rename(run_dir / "elsewhere")
     assert json.loads((run_dir / "run.json").read_text())["result"] is None
