@@ -7,6 +7,7 @@ comes. So what is free is asked before, and the peak is measured by the kernel's
 import contextlib
 import ctypes
 import gc
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep big blocks for reuse; return whether this system could be told.
 
     By default it maps and unmaps every tensor over 128 KiB, so each step page-faults its activations anew.
+    CUDA's allocator keeps blocks by itself; it is told to let them grow, since packs come in many sizes.
     """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at its first allocation
     libc = _glibc()
     return libc is not None and all(
         libc.mallopt(option, value) == 1
