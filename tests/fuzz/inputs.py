@@ -51,7 +51,7 @@ NASTY = [
         b"2001-13-99",
         b"1:1:1.5",
     ),
-    *(b"[" * 200, b"[" * 20_000, b'{"a":' * 2_000, b"- " * 500, b"&a ", b"*a", b"<<: ", b"!!int ", b"? "),
+    *(b"[" * 200, b"[" * 400, b'{"a":' * 400, b"- " * 500, b"&a ", b"*a", b"<<: ", b"!!int ", b"? "),
     *(
         b"!!python/object/apply:os.system ['true']",
         b"!!bool x",
@@ -87,14 +87,14 @@ WORDS = [
     "\0",
 ]
 
-texts = st.sampled_from(WORDS) | st.text(max_size=12)
+texts = st.sampled_from(WORDS) | st.text("ab \n\t,\"'{}é語\ud800\0", max_size=6)
 scalars: st.SearchStrategy[Any] = (
     texts | st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.just([])
 )
 anything = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
+    max_leaves=3,
 )
 
 
@@ -280,7 +280,7 @@ RAW_YAML = [
         "{[1]: 2}",
     ),
     *(
-        "[" * 2000,
+        "[" * 400,
         "[" * 300 + "]" * 300,
         "&a [1]",
         "*a",
@@ -362,13 +362,13 @@ _TEMPLATE = (
 )
 _EXPRESSIONS = r"""
 messages messages[0].content messages[9] messages.x.y instruction input system bos_token eos_token 1/0 1%0 1.x
-9**9**2 'a'*9**9 [1]*9**5 range(9**9) range(10**6) 2.0**9999 messages|length messages|tojson input|int messages|sum
+9**9**2 'a'*9**7 [1]*9**5 range(9**9) range(10**6) 2.0**9999 messages|length messages|tojson input|int messages|sum
 messages|first|upper instruction|format(1) '%d'|format('x') ''|first namespace(a=1).a cycler() joiner()() cycler(1)
 raise_exception('no') raise_exception() strftime_now('%Y') strftime_now() instruction.encode('ascii')
 'é'.encode('ascii')
 ''.__class__ self.__init__ lipsum() undefined.x undefined() messages() messages|nosuch
 1is(nosuch) messages|map('x')
-{}[[]] {'a':1}[{}] ''|center(9**9) instruction|truncate(-1) instruction|indent('x') input|round(3,'x') '\ud800'
+{}[[]] {'a':1}[{}] ''|center(9**7) instruction|truncate(-1) instruction|indent('x') input|round(3,'x') '\ud800'
 [3,'a']|sort {}|sort(attribute=3) [1,2]|batch(0)|list 'a'|xmlattr {}|xmlattr 'a'|int(base=99) 'a'|replace(1,2)
 ''|wordwrap(0)
 """
