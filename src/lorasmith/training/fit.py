@@ -36,9 +36,10 @@ MOST_TOKENS = {"cpu": 2048, "mps": 2048, "cuda": 16384}
 _SAFE_SHARE = 0.9  # of the free memory: other programs live too
 _SHARE_FOR_MEASURING = 0.03  # of the run's tokens
 _CLEARLY_FASTER = 1.05
-# glibc 2.36 cannot use a freed aligned block again for another of the same size: SmolLM2-135M's packs of 238 and
-# 476 tokens took 1.96 and 2.06 times the bytes that live at once. CUDA's caching allocator wastes less.
-_WASTE = {"cpu": 2.1, "mps": 1.2, "cuda": 1.15}
+# Bytes taken for each byte that lives at once, with activations kept and recomputed. CPU: measured with SmolLM2-135M
+# at 119 to 476 tokens (docs/results.md): glibc 2.36 cannot use a freed aligned block for another of the same size, and
+# what is recomputed frees the most. CUDA and MPS: assumed.
+_WASTE = {"cpu": (1.5, 4.0), "mps": (1.3, 1.3), "cuda": (1.15, 1.15)}
 _STEPS_LOOKED_AT = 64
 _PAIRS_LIKE_A_TOKEN = 700  # attention pairs that take about the memory of one token in Llamas of 0.1 to 7 B
 
@@ -102,7 +103,7 @@ def choose_fit(
     """
     device = forward.device
     _page_in(model)
-    chooser = _Chooser(dataset, training, rehearsal, device, _WASTE[device.type])
+    chooser = _Chooser(dataset, training, rehearsal, device)
     fixed = bytes_of_training(model)
     room = _SAFE_SHARE * free_bytes(device) - fixed
     rungs = list(_rungs(chooser.most_tokens, longest_input(dataset), checkpointing, forward.can_checkpoint))
@@ -142,8 +143,7 @@ def _measure(
         outcome = _try_pack(model, forward, pack, recompute)
         if outcome is not None:
             peak, seconds = outcome
-            computed = chooser.rehearsal.of(pack, checkpointing=recompute).peak_bytes
-            chooser.waste = max(1.0, peak.taken / computed)
+            chooser.correction = peak.taken / chooser.computed(pack, recompute)
             break
         rest = rungs[rungs.index(rung) + 1 :]
         if not rest:
@@ -186,7 +186,7 @@ class _Chooser:
     training: TrainingSettings
     rehearsal: Rehearsal
     device: torch.device
-    waste: float  # bytes taken for each byte that lives
+    correction: float = 1.0  # measured bytes for each computed one
 
     def __post_init__(self) -> None:
         self._heaviest: dict[int, Pack] = {}
@@ -204,7 +204,11 @@ class _Chooser:
         return self._heaviest[tokens]
 
     def bytes_of(self, tokens: int, recompute: bool) -> float:
-        return self.waste * self.rehearsal.of(self.heaviest(tokens), checkpointing=recompute).peak_bytes
+        return self.correction * self.computed(self.heaviest(tokens), recompute)
+
+    def computed(self, pack: Pack, recompute: bool) -> float:
+        rehearsed = self.rehearsal.of(pack, checkpointing=recompute)
+        return _WASTE[self.device.type][recompute] * rehearsed.peak_bytes
 
 
 def fit_computed(
@@ -219,7 +223,7 @@ def fit_computed(
 
     None for the cut: not even the longest example alone fits; the rest then tells what that would take.
     """
-    chooser = _Chooser(dataset, training, rehearsal, device, _WASTE[device.type])
+    chooser = _Chooser(dataset, training, rehearsal, device)
     can = rehearsal.forward.can_checkpoint
     rungs = list(_rungs(chooser.most_tokens, longest_input(dataset), checkpointing, can))
     rung = next((rung for rung in rungs if chooser.bytes_of(*rung) <= room), None)
