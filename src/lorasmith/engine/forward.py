@@ -279,7 +279,7 @@ class PackForward:
         return bool(torch.allclose(whole, split, rtol=1e-4, atol=1e-4))
 
 
-def _count_cost(decoder: Any, head: nn.Module, config: Any) -> PackCost:
+def _count_cost(decoder: Any, head: Any, config: Any) -> PackCost:
     """Return what a pack costs: two FLOP a token for every number of a matrix, in one forward pass."""
     matrices = (p.numel() for p in getattr(decoder, "layers", decoder).parameters() if p.dim() == 2)
     return PackCost(

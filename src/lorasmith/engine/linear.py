@@ -28,6 +28,8 @@ from torch import nn
 
 from lorasmith.model.device import measure_cpu
 
+_Layer = Any  # PEFT's LoRA on a linear layer: a LoraLayer and a Module at once, which its types do not say
+
 # Names under one parent module that read the same input, the one that is called first in front.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -40,7 +42,7 @@ def speed_up_lora(model: nn.Module, product_dtype: torch.dtype | None = None) ->
     """
     count = 0
     for parent in model.modules():
-        children = {name: child for name, child in parent.named_children() if _is_known(child)}
+        children: dict[str, _Layer] = {name: c for name, c in parent.named_children() if _is_known(c)}
         for names in _SAME_INPUT:
             group = [children.pop(name) for name in names if name in children]
             if group:
@@ -85,14 +87,14 @@ class _SharedInput:
     input is computed by itself from then on.
     """
 
-    def __init__(self, layers: list[LoraLayer], product_dtype: torch.dtype | None) -> None:
+    def __init__(self, layers: list[_Layer], product_dtype: torch.dtype | None) -> None:
         self._layers = layers
         self._product_dtype = product_dtype
         self._together = len(layers) > 1
         self._input: torch.Tensor | None = None
         self._results: dict[int, torch.Tensor] = {}
         for place, layer in enumerate(layers):
-            layer.forward = self._forward_of(place)  # type: ignore[method-assign]
+            layer.forward = self._forward_of(place)
 
     def _forward_of(self, place: int) -> Any:
         layer = self._layers[place]
@@ -118,13 +120,13 @@ class _SharedInput:
 
         return forward
 
-    def _compute(self, layers: list[LoraLayer], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _compute(self, layers: list[_Layer], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         projections = [_projection(layer) for layer in layers]
         tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
         scalings = tuple(p.scaling for p in projections)
         return _LoraProjections.apply(x, self._product_dtype or x.dtype, scalings, *tensors)  # type: ignore[no-any-return]
 
-    def _beside(self, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    def _beside(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         """Return the base layer's own product, whatever it is made of, with the low-rank part added into it."""
         (name,) = layer.active_adapters
         base = layer.base_layer(x)
@@ -138,7 +140,7 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear8bitLt", "Linear4bit")
 
 
-def _is_plain(layer: LoraLayer) -> bool:
+def _is_plain(layer: _Layer) -> bool:
     """Return whether ``layer`` computes W x + s B A x now, with one adapter of the common kind."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
@@ -147,7 +149,7 @@ def _is_plain(layer: LoraLayer) -> bool:
     return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
-def _is_fusible(layer: LoraLayer) -> bool:
+def _is_fusible(layer: _Layer) -> bool:
     """Return whether W is an ordinary frozen matrix, and x goes to A as it is."""
     base = layer.base_layer
     dropout = layer.lora_dropout[layer.active_adapters[0]]
@@ -155,9 +157,9 @@ def _is_fusible(layer: LoraLayer) -> bool:
     return type(base) is nn.Linear and no_dropout and not any(p.requires_grad for p in base.parameters())
 
 
-def _projection(layer: LoraLayer) -> _Projection:
+def _projection(layer: _Layer) -> _Projection:
     (name,) = layer.active_adapters
-    base: Any = layer.base_layer
+    base = layer.base_layer
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return _Projection(base.weight, base.bias, lora_a, lora_b, layer.scaling[name])
 

@@ -37,16 +37,12 @@ def predict_gain(
     ``order`` names the examples of step 0, 1, ...; none: a seeded shuffle.
     """
     num_steps = math.ceil(len(dataset) / batch_size)
-    if order is None:
-        shuffled = np.random.default_rng([0, 0]).permutation(len(dataset))
-
-        def order(step: int) -> Sequence[int]:
-            return shuffled[step * batch_size : (step + 1) * batch_size].tolist()
-
+    shuffled = np.random.default_rng([0, 0]).permutation(len(dataset))
     num_counted = min(num_steps, _MOST_STEPS_COUNTED)
     counted = padded = packed = shared = 0
     for step in range(num_counted):
-        examples = [dataset[index] for index in order(step)]
+        indices = order(step) if order else shuffled[step * batch_size : (step + 1) * batch_size].tolist()
+        examples = [dataset[index] for index in indices]
         counted += len(examples)
         padded += max(len(example.input_ids) for example in examples) * len(examples)
         step_packed, step_shared = count_tokens(examples, min_prefix_tokens=min_prefix_tokens)

@@ -155,7 +155,7 @@ def prepare_job(
         data={
             "source": data.train,
             "fingerprint": all_rows.fingerprint,
-            "validation_fingerprint": None if data.validation is None else validation.fingerprint,
+            "validation_fingerprint": validation.fingerprint if data.validation and validation else None,
             "tokenizer_fingerprint": hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest(),
             "num_examples": len(dataset),
             "num_validation": 0 if validation is None else len(validation),
@@ -378,7 +378,8 @@ def _settle_engine(
     if engine.compile == "auto" and "compile" in then:
         found["compile"] = then["compile"]
     elif engine.compile == "auto":
-        found["compile"], reason = choose_compilation(model.get_base_model(), num_tokens)
+        base: Any = model.get_base_model()
+        found["compile"], reason = choose_compilation(base, num_tokens)
         say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
     return engine.model_copy(update=found)
 

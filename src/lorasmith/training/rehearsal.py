@@ -75,11 +75,8 @@ class Rehearsal:
         """``sketch`` is on the meta device, see :func:`copy_without_weights`."""
         self.model = sketch.train()
         # Compiled layers and CUDA's kernels keep less alive than buckets computed eagerly, so this is the upper end.
-        attention = (
-            "padded"
-            if engine.attention == "padded" or why_not_packed(sketch.get_base_model())
-            else "bucketed"
-        )
+        base: Any = sketch.get_base_model()
+        attention = "padded" if engine.attention == "padded" or why_not_packed(base) else "bucketed"
         plain = {"attention": attention, "compile": False, "gradient_checkpointing": False}
         self.forward = PackForward(sketch, engine.model_copy(update=plain))
         assert self.forward.device.type == "meta", "a rehearsal with weights would be the real thing"
