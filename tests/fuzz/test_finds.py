@@ -30,6 +30,7 @@ from lorasmith.errors import DataError, RecipeError, SettingsError
         ("[" * 2000, "recursion"),
         ("{[1]: 2}", "unhashable"),
         ("[a, b]", r"data\.train is \['a', 'b'\]: input should be a valid string"),
+        ("[[a], {}]", r"data\.train is \["),
         ("&a [*a]", "line 2 has an alias"),
         ("[" + "x, " * 30_000 + "]", "a run file has at most 65,536"),
     ],

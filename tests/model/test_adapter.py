@@ -56,6 +56,12 @@ def test_opens_what_plain_peft_wrote(tmp_path):
     assert torch.equal(logits(load_adapter(make_tiny_model("llama"), tmp_path)), logits(plain))
 
 
+def test_settings_that_a_newer_peft_leaves_unset_do_not_matter(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "new_in_1_0": None, "and_this": False}))
+    load_adapter(make_tiny_model("llama"), folder)
+
+
 def test_two_saves_of_one_adapter_are_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         save_adapter(trained(make_tiny_model("llama")), tmp_path / name)

@@ -175,9 +175,9 @@ def _take_file(
     for section, settings in content.items():
         if section in RunFile.model_fields and isinstance(settings, dict):
             for key, value in settings.items():
-                if (section, key) in _PATHS and isinstance(value, str) and value not in _NAMES:
+                if (section, key) in _PATHS and not isinstance(value, list):
                     value = _relative_to(path.parent, value)
-                elif (section, key) in _PATHS and isinstance(value, list):
+                elif (section, key) in _PATHS:
                     value = [_relative_to(path.parent, each) for each in value]
                 _take(values, sources, f"{section}.{key}", value, str(path))
         elif section in RunFile.model_fields and settings is None:
@@ -206,11 +206,12 @@ _NAMES = {
 }  # mean what they say, whatever files of that name there are
 
 
-def _relative_to(folder: Path, value: str) -> str:
+def _relative_to(folder: Path, value: Any) -> Any:
     """Return ``value`` as a path from the run file's folder if something is there, else as it is."""
-    if not os.path.isabs(value) and os.path.exists(folder / value):  # Path.exists raises on a long name
-        return os.path.normpath(folder / value)
-    return value
+    if not isinstance(value, str) or value in _NAMES or os.path.isabs(value):
+        return value
+    there = folder / value
+    return os.path.normpath(there) if os.path.exists(there) else value  # Path.exists raises on a long name
 
 
 def _take(

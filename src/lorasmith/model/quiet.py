@@ -28,6 +28,8 @@ def quiet_loading() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merge unties
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # load_adapter raises
+            # An adapter of a newer PEFT: what it sets beyond this one's settings was refused before.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             yield
     finally:
         logging.set_verbosity(verbosity)
