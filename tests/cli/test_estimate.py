@@ -39,7 +39,7 @@ def test_here_it_is_measured_and_nothing_is_left(lorasmith, words, tmp_path):
         "fits",
         "yes",
         "all 12 steps",
-        "Peak and time: measured (",
+        "Peak and time: measured by ",
         "Disk:",
         "merged model",
     ):

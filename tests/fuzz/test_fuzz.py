@@ -30,6 +30,9 @@ from lorasmith.model.run_record import RunRecord, read_run_record, write_run_rec
 
 from .inputs import adapter_changes, data_files, mutations, overrides, run_files, templates
 
+# hypothesis says so of a large input, and it makes large ones.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
 NUM_INPUTS = int(os.environ.get("LORASMITH_FUZZ", "1600"))
 SEED = os.environ.get("LORASMITH_FUZZ_SEED")
 SHARES = {"data": 0.5, "run file": 0.2, "overrides": 0.1, "template": 0.1, "run.json": 0.05, "adapter": 0.05}

@@ -88,14 +88,14 @@ def test_a_short_run_is_computed_and_says_so():
     fit = choose()
     assert (fit.micro_batch_tokens, fit.gradient_checkpointing) == (2048, False)
     assert fit.measured_tokens == 0
-    assert "computed, not measured: the run is short" in fit.reason
+    assert "computed, not measured, since the run is short" in fit.reason
 
 
 def test_a_long_run_is_measured():
     fit = choose(SETTINGS.model_copy(update={"epochs": 200.0}))
     assert fit.measured_tokens == fit.largest_pack_tokens > 0
     assert fit.seconds_per_token > 0
-    assert fit.reason.startswith("measured (")
+    assert fit.reason.startswith("measured by ")
 
 
 def test_between_them_a_part_is_measured_and_the_rest_extrapolated():
@@ -104,7 +104,7 @@ def test_between_them_a_part_is_measured_and_the_rest_extrapolated():
     epochs = 1.2 * largest / fitting._SHARE_FOR_MEASURING / sum(len(e.input_ids) for e in examples)
     fit = choose(SETTINGS.model_copy(update={"epochs": epochs}))
     assert 0 < fit.measured_tokens < fit.largest_pack_tokens
-    assert f"extrapolated from {fit.measured_tokens} measured tokens" in fit.reason
+    assert f"extrapolated from {fit.measured_tokens} measured tokens by" in fit.reason
 
 
 def test_nothing_remains_of_the_measurement():

@@ -164,7 +164,7 @@ def _values(config: dict[str, Any], key: str, file: Path) -> list[Any]:
 def _check_tensors(file: Path, config: dict[str, Any]) -> None:
     """Check names, shapes and values one tensor at a time; memory holds the largest of them."""
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-    kept_whole = config.get("modules_to_save") or ()
+    kept_whole = tuple(config.get("modules_to_save") or ())
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
@@ -174,7 +174,8 @@ def _check_tensors(file: Path, config: dict[str, Any]) -> None:
                 if pair := _PAIR.fullmatch(key):
                     pairs.setdefault(pair[1], {})[pair[2]] = tuple(part.get_shape())
                 elif not _BESIDE.fullmatch(key) and not (
-                    key.startswith(PREFIX) and set(key.split(".")) & set(kept_whole)
+                    # PEFT keeps whole what ends so: "norm" means input_layernorm as well.
+                    key.startswith(PREFIX) and any(part.endswith(kept_whole) for part in key.split("."))
                 ):
                     raise AdapterError(
                         f"{file} holds {key!r:.200}, which is no part of a LoRA adapter: it would replace a weight "

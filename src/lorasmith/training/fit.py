@@ -119,7 +119,8 @@ def choose_fit(
         return Fit(
             tokens,
             recompute,
-            f"computed, not measured: the run is short; {_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
+            "computed, not measured, since the run is short: "
+            f"{_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
             pack.num_tokens,
             need / pack.num_tokens,
             round(_resident(device) + fixed + need),
@@ -169,7 +170,7 @@ def _measure(
     return Fit(
         tokens,
         recompute,
-        f"{how} ({peak.how}); {_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
+        f"{how} by {peak.how}: {_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
         heaviest.num_tokens,
         need / heaviest.num_tokens,
         round(before + fixed + need),

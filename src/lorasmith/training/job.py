@@ -206,7 +206,7 @@ def prepare_job(
             engine.gradient_checkpointing,
             must_measure=must_measure,
         )
-        say(f"Memory: {fit}; the largest of the data has {fit.largest_pack_tokens:,} ({fit.reason})")
+        say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
             left = tokens_to_compute(dataset, training, forward) * fit.seconds_per_token
             say(
