@@ -29,6 +29,8 @@ _ROLES: dict[str, Role] = {
     "model": "assistant",
 }
 
+_MOST_LETTERS = 500  # of the keys of a row that are shown
+
 
 class RowProblem(Exception):  # noqa: N818  (not an error for the caller: one row's fate)
     """A row that is not used. ``reason`` is one of few words, to be counted; ``detail`` says more."""
@@ -129,7 +131,8 @@ def explain_unknown(fields: Mapping[str, Any]) -> str:
 
 
 def describe_keys(fields: Mapping[str, Any]) -> str:
-    return f"keys found: {', '.join(map(str, fields)) or 'none'}"
+    found = ", ".join(map(str, fields)) or "none"
+    return f"keys found: {found if len(found) <= _MOST_LETTERS else found[:_MOST_LETTERS] + ' ...'}"
 
 
 def _turns(turns: Any, role_key: str, content_key: str) -> tuple[Message, ...]:
