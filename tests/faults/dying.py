@@ -83,8 +83,8 @@ def train_three_steps(run_dir: Path, last_step: int = 3) -> None:
             assert all(report.checkpoint for report in steps)
 
 
-def die_at(kill_at: int, sender: Connection, work: Callable[..., None], *arguments: Any) -> None:
-    """Do ``work`` and be killed before the ``kill_at``-th thing that it does to files (0: never).
+def die_at(kill_at: int | str, sender: Connection, work: Callable[..., None], *arguments: Any) -> None:
+    """Do ``work`` and be killed before the ``kill_at``-th thing that it does to files (0: never), or to such a file.
 
     Sends the things done, or the text of the error that ended it.
     """
@@ -92,7 +92,7 @@ def die_at(kill_at: int, sender: Connection, work: Callable[..., None], *argumen
 
     def note(what: str, file: str) -> None:
         done.append((what, file))
-        if len(done) == kill_at:
+        if len(done) == kill_at or (isinstance(kill_at, str) and kill_at in file):
             os.kill(os.getpid(), signal.SIGKILL)
 
     watch_files(note)

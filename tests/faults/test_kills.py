@@ -12,11 +12,11 @@ from .conftest import tree_of
 from .dying import train_file, train_three_steps
 
 # Of a whole run, so many; "all": at each file operation of it, and of three saves instead of one.
-KILLS = os.environ.get("LORASMITH_KILLS", "8")
+KILLS = os.environ.get("LORASMITH_KILLS", "3")
 
 
 def test_killed_at_every_file_operation_of_saving(run_until, tmp_path):
-    """The save removes an older checkpoint, and keeps the best and the last."""
+    """The save removes an older checkpoint, and keeps the best and the last. What is left is gone on from once."""
     train_three_steps(tmp_path / "whole")
     whole = tree_of(tmp_path / "whole")
     best, last = best_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "whole")[0].folder
@@ -31,12 +31,26 @@ def test_killed_at_every_file_operation_of_saving(run_until, tmp_path):
     code, done = run_until(0, train_three_steps, run_dir)
     assert code == 0
     assert len(done) > 40
+    gone_on_from = []
     for kill_at in range(1, len(done) + 1):
         shutil.rmtree(run_dir)
         shutil.copytree(before, run_dir)
         assert run_until(kill_at, train_three_steps, run_dir) == (-9, None)
+        left = {name: content for name, content in tree_of(run_dir).items() if ".part/" not in name}
+        if left in gone_on_from:
+            continue
+        gone_on_from.append(left)
         train_three_steps(run_dir)
         assert tree_of(run_dir) == whole, f"killed before operation {kill_at}: {done[kill_at - 1]}"
+
+
+def test_what_is_half_written_is_removed(run_until, tmp_path):
+    train_three_steps(tmp_path / "run", last_step=2)
+    for kill_at in (8, 20, 35):
+        assert run_until(kill_at, train_three_steps, tmp_path / "run") == (-9, None)
+    assert list((tmp_path / "run" / "checkpoints").glob(".*.part"))
+    train_three_steps(tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").glob(".*")) == []
 
 
 def test_killed_anywhere_in_a_run(run_until, run_file, tmp_path):
