@@ -118,6 +118,20 @@ STRANGE = {
     "infinite lora_alpha": (set_config(lora_alpha=float("inf")), "has the lora_alpha inf"),
     "lora_alpha that is text": (set_config(lora_alpha="16"), "has the lora_alpha '16'"),
     "layers that are numbers": (set_config(target_modules=[3]), r"has \[3\] as target_modules"),
+    "kept layers without a name": (
+        lambda folder: (
+            set_weights(lambda w: {**w, "base_model.model.model.norm.weight": torch.zeros(32)})(folder),
+            set_config(modules_to_save=[""])(folder),
+        ),
+        r"has \[''\] as modules_to_save",
+    ),
+    "kept layers named as every tensor ends": (
+        lambda folder: (
+            set_weights(lambda w: {**w, "base_model.model.model.norm.weight": torch.zeros(32)})(folder),
+            set_config(modules_to_save=["weight"])(folder),
+        ),
+        "which is no part of a LoRA adapter",
+    ),
     "pattern that is a list": (set_config(rank_pattern=[1]), r"has \[1\] as rank_pattern"),
     "cut short": (cut, "is damaged.*Copy it again"),
     "NaN": (set_weights(lambda w: {**w, A: w[A] * float("nan")}), "NaN or infinite"),

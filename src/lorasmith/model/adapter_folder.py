@@ -149,7 +149,7 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
         refuse(f"has the lora_alpha {bad[0]!r:.40}", "It is a finite number.")
     for key in ("target_modules", "modules_to_save"):
         names = config.get(key)
-        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        listed = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
         if not (names is None or listed or (isinstance(names, str) and key == "target_modules")):
             refuse(f"has {names!r:.60} as {key}", "They are names of layers.")
 
@@ -174,8 +174,8 @@ def _check_tensors(file: Path, config: dict[str, Any]) -> None:
                 if pair := _PAIR.fullmatch(key):
                     pairs.setdefault(pair[1], {})[pair[2]] = tuple(part.get_shape())
                 elif not _BESIDE.fullmatch(key) and not (
-                    # PEFT keeps whole what ends so: "norm" means input_layernorm as well.
-                    key.startswith(PREFIX) and any(part.endswith(kept_whole) for part in key.split("."))
+                    # PEFT keeps whole the modules that end so: "norm" means input_layernorm as well.
+                    key.startswith(PREFIX) and any(part.endswith(kept_whole) for part in key.split(".")[:-1])
                 ):
                     raise AdapterError(
                         f"{file} holds {key!r:.200}, which is no part of a LoRA adapter: it would replace a weight "
