@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from lorasmith.data.readers import READERS, BlankLine, Item, Position, Row, RowFault
 from lorasmith.errors import DataError, MissingExtraError
+from lorasmith.files import sha256_of
 
 __all__ = [
     "BlankLine",
@@ -193,7 +194,6 @@ def _load_from_hub(dataset_id: str, split: str) -> HubSplit:
 
 def _digest_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.errors import AdapterError, RecipeError, RunError
+from lorasmith.files import sha256_of
 from lorasmith.model.adapter import load_adapter
 from lorasmith.model.adapter_folder import WEIGHTS, named_base, read_adapter_config
 from lorasmith.model.base import (
@@ -79,8 +80,7 @@ class FoundModel:
 
 def fingerprint_adapter(adapter: Path) -> str:
     """Return the sha256 of an adapter folder's weights."""
-    with (adapter / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(adapter / WEIGHTS)
 
 
 def find_model(
