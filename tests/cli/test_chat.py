@@ -162,9 +162,11 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_then_the_program():
 
 def _own_the_terminal():
     import fcntl
+    import signal
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run started with & hands down that it is ignored
 
 
 class Screen:

@@ -25,6 +25,7 @@ EXTRAS = {
     "trackio": "trackio curves",
     "wandb": "Weights & Biases curves",
     "mlflow": "MLflow curves",
+    "lm-eval": "lorasmith evaluate --tasks",
 }
 MIN_FREE_GB, MIN_MEMORY_GB = (
     3.0,
