@@ -13,12 +13,13 @@ Shape letters: T tokens of the pack, H query heads, G key heads, K head size.
 """
 
 import importlib.util
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lorasmith.engine.bucketed import lay_out_buckets
+from lorasmith.engine.layout import PackLayout, Scores
 from lorasmith.engine.masked import lay_out_mask
 from lorasmith.errors import TrainingError
 from lorasmith.packing.trie import Pack
@@ -26,22 +27,6 @@ from lorasmith.packing.trie import Pack
 PACKED = "lorasmith_packed"
 
 Backend = Literal["bucketed", "flex", "masked"]
-
-
-class PackLayout(Protocol):
-    """What each token of one pack sees, in the form that one backend computes with."""
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> torch.Tensor: ...
 
 
 def lay_out_attention(
@@ -69,7 +54,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return attention outputs [1, T, H, K] for ``query`` [1, H, T, K], ``key`` and ``value`` [1, G, T, K].
 
-    Registered with transformers' AttentionInterface. ``softcap`` bounds the scores by tanh, as in Gemma 2.
+    Registered with transformers' AttentionInterface.
     A compiled layer leaves its graph here: the sizes differ from pack to pack.
     """
     if pack_layout is None:
@@ -79,16 +64,8 @@ def packed_attention(
         )
     if kwargs.get("s_aux") is not None:
         raise TrainingError(f"{type(module).__name__} uses attention sinks, which packs do not have yet.")
-    out = pack_layout.attend(
-        query,
-        key,
-        value,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        dropout=dropout if module.training else 0.0,
-    )
-    return out, None
+    how = Scores(scaling, sliding_window, softcap, dropout if module.training else 0.0)
+    return pack_layout.attend(query, key, value, how), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

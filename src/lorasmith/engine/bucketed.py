@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from lorasmith.engine.layout import Scores
 from lorasmith.packing.trie import Pack
 
 _BLOCK = 128  # queries: larger blocks compute more hidden pairs, smaller ones gather the same keys more often
@@ -43,32 +44,22 @@ class BucketedLayout:
     buckets: tuple[Bucket, ...]
     output_index: torch.Tensor  # int64 [T]: place of each token among all buckets' queries, in a row
     product_dtype: torch.dtype | None  # what products are computed in; None: as the queries are
-    _masks: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)
+    _masks: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)  # by sliding window
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        """Return [1, T, H, K] for ``query`` [1, H, T, K], ``key`` and ``value`` [1, G, T, K]."""
+        """See PackLayout."""
         dtype = self.product_dtype or query.dtype
         heads, size = query.shape[1], query.shape[3]
-        key_heads, value_size = (
-            key.shape[1],
-            value.shape[3],
-        )  # some models have values of another size than keys
+        # Some models have values of another size than keys.
+        key_heads, value_size = key.shape[1], value.shape[3]
         shared = heads // key_heads  # query heads that read one key head
-        query_rows = query[0].transpose(0, 1).to(dtype) * scaling  # [T, H, K]
+        query_rows = query[0].transpose(0, 1).to(dtype) * scores.scaling  # [T, H, K]
         key_rows, value_rows = (rows[0].transpose(0, 1).to(dtype) for rows in (key, value))
 
         outputs = []
-        for bucket, mask in zip(self.buckets, self._masks_within(sliding_window), strict=True):
+        for bucket, mask in zip(self.buckets, self._masks_within(scores.sliding_window), strict=True):
             n, queries = bucket.query_index.shape
             keys = bucket.key_index.shape[1]
             q = query_rows.index_select(0, bucket.query_index.flatten())
@@ -76,13 +67,13 @@ class BucketedLayout:
             q = q.reshape(n, key_heads, shared * queries, size)
             k = key_rows.index_select(0, bucket.key_index.flatten()).view(n, keys, key_heads, size)
             v = value_rows.index_select(0, bucket.key_index.flatten()).view(n, keys, key_heads, value_size)
-            scores = q @ k.permute(0, 2, 3, 1)  # [n, G, shared * Q, S]
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.view(n, key_heads, shared, queries, keys).float().add_(mask)
-            shares = torch.softmax(scores, dim=-1).to(dtype)
-            if dropout > 0.0:
-                shares = torch.nn.functional.dropout(shares, dropout)
+            products = q @ k.permute(0, 2, 3, 1)  # [n, G, shared * Q, S]
+            if scores.softcap is not None:
+                products = torch.tanh(products / scores.softcap) * scores.softcap
+            products = products.view(n, key_heads, shared, queries, keys).float().add_(mask)
+            shares = torch.softmax(products, dim=-1).to(dtype)
+            if scores.dropout > 0.0:
+                shares = torch.nn.functional.dropout(shares, scores.dropout)
             out = shares.view(n, key_heads, shared * queries, keys) @ v.permute(0, 2, 1, 3)
             out = out.view(n, key_heads, shared, queries, value_size).permute(0, 3, 1, 2, 4)
             outputs.append(out.reshape(n * queries, heads, value_size))

@@ -19,7 +19,6 @@ one of several, or of another kind.
 Shape letters: T tokens, D input size, O output size, R rank, P projections that read one input.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -69,17 +68,6 @@ def restore_lora(model: nn.Module) -> None:
             module.__dict__.pop("forward", None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Projection:
-    """What one LoRA layer multiplies with, taken from PEFT's layer for one call."""
-
-    weight: torch.Tensor  # [O, D], frozen
-    bias: torch.Tensor | None  # [O], frozen
-    lora_a: torch.Tensor  # float32 [R, D]
-    lora_b: torch.Tensor  # float32 [O, R]
-    scaling: float
-
-
 class _SharedInput:
     """LoRA layers that read the same input: the first one called computes all, the others find their result.
 
@@ -121,9 +109,12 @@ class _SharedInput:
         return forward
 
     def _compute(self, layers: list[_Layer], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        projections = [_projection(layer) for layer in layers]
-        tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
-        scalings = tuple(p.scaling for p in projections)
+        tensors, scalings = [], []
+        for layer in layers:
+            (name,) = layer.active_adapters
+            base = layer.base_layer
+            tensors += [base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
+            scalings.append(layer.scaling[name])
         return _LoraProjections.apply(x, self._product_dtype or x.dtype, scalings, *tensors)  # type: ignore[no-any-return]
 
     def _beside(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
@@ -157,15 +148,8 @@ def _is_fusible(layer: _Layer) -> bool:
     return type(base) is nn.Linear and no_dropout and not any(p.requires_grad for p in base.parameters())
 
 
-def _projection(layer: _Layer) -> _Projection:
-    (name,) = layer.active_adapters
-    base = layer.base_layer
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _Projection(base.weight, base.bias, lora_a, lora_b, layer.scaling[name])
-
-
 class _LoraProjections(torch.autograd.Function):
-    """P projections of one input; tensors come as weight, bias, A, B for each."""
+    """P projections of one input; for each come weight [O, D], bias [O] or None, A [R, D] and B [O, R], float32."""
 
     @staticmethod
     def forward(ctx: Any, x, product_dtype, scalings, *tensors):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorasmith.engine.layout import Scores
 from lorasmith.packing.trie import Pack
 
 
@@ -34,35 +35,33 @@ class MaskedLayout:
     _masks: dict[int | None, Any] = field(default_factory=dict)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        dropout: float,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        """Return [1, T, H, K] for ``query`` [1, H, T, K], ``key`` and ``value`` [1, G, T, K]."""
+        """See PackLayout."""
+        mask = self._mask(scores.sliding_window)
         if self.use_flex:
             from transformers.integrations.flex_attention import flex_attention_forward
 
-            mask = self._mask(sliding_window)
             out, _ = flex_attention_forward(
-                _TRAINING, query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout
+                _TRAINING,
+                query,
+                key,
+                value,
+                mask,
+                scaling=scores.scaling,
+                softcap=scores.softcap,
+                dropout=scores.dropout,
             )
             return out
-        assert softcap is None, "why_not_masked refuses models that cap their scores"
-        groups = query.shape[1] // key.shape[1]
+        assert scores.softcap is None, "choose_backend and why_not keep models that cap their scores away"
         out = nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self._mask(sliding_window),
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=groups > 1,
+            attn_mask=mask,
+            dropout_p=scores.dropout,
+            scale=scores.scaling,
+            enable_gqa=query.shape[1] > key.shape[1],
         )
         return out.transpose(1, 2)
 

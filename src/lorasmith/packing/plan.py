@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.packing.trie import count_tokens
 
@@ -29,20 +27,18 @@ def predict_gain(
     dataset: Sequence[TokenizedExample],
     batch_size: int,
     *,
-    order: Callable[[int], Sequence[int]] | None = None,
+    order: Callable[[int], Sequence[int]],
     min_prefix_tokens: int = 8,
 ) -> Gain:
     """Return the tokens of one epoch of ``dataset`` in steps of ``batch_size`` examples.
 
-    ``order`` names the examples of step 0, 1, ...; none: a seeded shuffle.
+    ``order`` names the examples of step 0, 1, ...
     """
     num_steps = math.ceil(len(dataset) / batch_size)
-    shuffled = np.random.default_rng([0, 0]).permutation(len(dataset))
     num_counted = min(num_steps, _MOST_STEPS_COUNTED)
     counted = padded = packed = shared = 0
     for step in range(num_counted):
-        indices = order(step) if order else shuffled[step * batch_size : (step + 1) * batch_size].tolist()
-        examples = [dataset[index] for index in indices]
+        examples = [dataset[index] for index in order(step)]
         counted += len(examples)
         padded += max(len(example.input_ids) for example in examples) * len(examples)
         step_packed, step_shared = count_tokens(examples, min_prefix_tokens=min_prefix_tokens)
