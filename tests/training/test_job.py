@@ -4,7 +4,7 @@ import torch
 
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import BaseRef
-from lorasmith.model.run_record import RunRecord, write_run_record
+from lorasmith.model.run_record import RunRecord
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.fit import Fit
 from lorasmith.training.job import (
@@ -19,19 +19,18 @@ from lorasmith.training.settings import TrainingSettings
 RECORDED = {"base": {"dtype": "bfloat16"}, "engine": {"threads": 1}}
 
 
-def write_record(run_dir):
+def recorded():
     base = BaseRef("x", None, "f" * 64)
-    write_run_record(run_dir, RunRecord(name="r", base=base, recipe={}, settings=RECORDED, data={}))
+    return RunRecord(name="r", base=base, recipe={}, settings=RECORDED, data={})
 
 
-def test_the_number_format_and_threads_of_the_first_start_stay(tmp_path):
-    threads = torch.get_num_threads()
-    write_record(tmp_path)
+def test_the_number_format_and_threads_of_the_first_start_stay():
+    threads, then = torch.get_num_threads(), recorded()
     try:
-        assert _choose_device(tmp_path, BaseSettings()).dtype is torch.bfloat16
-        assert _choose_device(tmp_path, BaseSettings(dtype="float32")).dtype is torch.float32
-        assert _set_threads(tmp_path, EngineSettings(), lambda line: None) == 1
-        assert _set_threads(tmp_path, EngineSettings(threads=2), lambda line: None) == 2
+        assert _choose_device(then, BaseSettings()).dtype is torch.bfloat16
+        assert _choose_device(then, BaseSettings(dtype="float32")).dtype is torch.float32
+        assert _set_threads(then, EngineSettings(), lambda line: None) == 1
+        assert _set_threads(then, EngineSettings(threads=2), lambda line: None) == 2
     finally:
         torch.set_num_threads(threads)
 
@@ -73,22 +72,22 @@ def record_with(fit, micro_batch_tokens="auto"):
     return _with_fit(RunRecord(name="r", base=base, recipe={}, settings=auto, data={}), fit)
 
 
-def test_the_cut_of_the_first_start_is_recorded_and_stays(tmp_path):
+def test_the_cut_of_the_first_start_is_recorded_and_stays():
     fit = Fit(1024, True, "measured", 900, 1e5, 10**9, 900, 0.01)
     record = record_with(fit)
     assert record.settings["training"]["micro_batch_tokens"] == 1024
     assert record.settings["engine"]["gradient_checkpointing"] is True
-    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings()) is None
-    write_run_record(tmp_path, record)
-    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings()) == fit
+    assert _recorded_fit(None, TrainingSettings(), EngineSettings()) is None
+    assert _recorded_fit(record, TrainingSettings(), EngineSettings()) == fit
     # A cut that is named anew wins.
-    assert _recorded_fit(tmp_path, TrainingSettings(micro_batch_tokens=512), EngineSettings()) is None
-    assert _recorded_fit(tmp_path, TrainingSettings(), EngineSettings(gradient_checkpointing=False)) is None
+    assert _recorded_fit(record, TrainingSettings(micro_batch_tokens=512), EngineSettings()) is None
+    assert _recorded_fit(record, TrainingSettings(), EngineSettings(gradient_checkpointing=False)) is None
 
 
-def test_what_running_out_of_memory_found_stays_under_the_same_settings(tmp_path):
+def test_what_running_out_of_memory_found_stays_under_the_same_settings():
     record = record_with(Fit(2048, False), micro_batch_tokens=2048)
-    write_run_record(tmp_path, _with_fit(record, Fit(512, False)))
-    fit = _recorded_fit(tmp_path, TrainingSettings(micro_batch_tokens=2048), EngineSettings())
+    fit = _recorded_fit(
+        _with_fit(record, Fit(512, False)), TrainingSettings(micro_batch_tokens=2048), EngineSettings()
+    )
     assert fit is not None
     assert fit.micro_batch_tokens == 512

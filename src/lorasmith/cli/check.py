@@ -71,7 +71,6 @@ def command(
     from lorasmith.data.dataset import examine_dataset
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base
-    from lorasmith.packing.plan import predict_gain
     from lorasmith.training.settings import TrainingSettings
 
     settings = DataSettings(
@@ -93,7 +92,7 @@ def command(
     with _reading_progress(shows=not as_json) as progress:
         dataset = examine_dataset(settings, prompt, tokenizer, progress=progress)
     batch_size = TrainingSettings().batch_size
-    gain = predict_gain(dataset, batch_size) if len(dataset) else None
+    gain = _predict_gain(dataset) if len(dataset) else None
     grouped = _gain_of_grouping(dataset, gain) if gain and not as_json else None
     if as_json:
         report = _to_json(dataset, prompt, reason, tokenizer, gain)
@@ -237,20 +236,21 @@ def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
     console.print(text)
 
 
-def _gain_of_grouping(dataset: "TokenizedDataset", gain: "Gain") -> tuple[int, int] | None:
-    """Return a number of prefix tokens to group by, and the tokens of an epoch then, if that saves a good part."""
+def _predict_gain(dataset: "TokenizedDataset", group_prefix_tokens: int | None = None) -> "Gain":
+    """Return what packing saves at the usual batch size."""
     from lorasmith.packing.plan import predict_gain
     from lorasmith.training.schedule import order_steps
     from lorasmith.training.settings import TrainingSettings
 
+    settings = TrainingSettings(group_prefix_tokens=group_prefix_tokens)
+    return predict_gain(dataset, settings.batch_size, order=order_steps(dataset, settings).examples_of)
+
+
+def _gain_of_grouping(dataset: "TokenizedDataset", gain: "Gain") -> tuple[int, int] | None:
+    """Return a number of prefix tokens to group by, and the tokens of an epoch then, if that saves a good part."""
     if len(dataset) > _MOST_ROWS_TO_GROUP:
         return None
-    found = []
-    for num_tokens in _PREFIXES_TRIED:
-        settings = TrainingSettings(group_prefix_tokens=num_tokens)
-        order = order_steps(dataset, settings)
-        shared = predict_gain(dataset, settings.batch_size, order=order.examples_of).shared
-        found.append((num_tokens, shared))
+    found = [(num_tokens, _predict_gain(dataset, num_tokens).shared) for num_tokens in _PREFIXES_TRIED]
     best = min(found, key=lambda pair: pair[1])
     return best if best[1] < _WORTH_GROUPING * gain.shared else None
 

@@ -73,7 +73,7 @@ def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[
             say=lambda line: None if quiet else console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
             must_measure=True,
         )
-    found = estimate_here(job.model, job.forward, job.dataset, job.training, job.fit)
+    found = estimate_here(job.model, job.forward, job.dataset, job.training, job.gain, job.fit)
     return [found], disk_needed(job.model, job.dataset, job.training, validates=job.validation is not None)
 
 
@@ -82,9 +82,10 @@ def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dic
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.model.gpus import find_gpu
+    from lorasmith.packing.plan import predict_gain
     from lorasmith.training.estimate import disk_needed, estimate_on
     from lorasmith.training.rehearsal import Rehearsal, build_without_weights
-    from lorasmith.training.schedule import split_for_validation
+    from lorasmith.training.schedule import order_steps, split_for_validation
 
     wanted = [find_gpu(name) for name in names]
     trusts = run_file.base.trust_remote_code
@@ -94,6 +95,8 @@ def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dic
     every = prepare_dataset(run_file.data, recipe, tokenizer)
     kept, held_out = split_for_validation(len(every), run_file.training)
     dataset = every.subset(kept)
+    training = run_file.training
+    gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     rehearsals: dict[str, Rehearsal] = {}
     estimates = []
     for gpu, count in wanted:
@@ -105,7 +108,7 @@ def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dic
             rehearsals[dtype] = Rehearsal(sketch, run_file.engine)
         checkpointing = run_file.engine.gradient_checkpointing
         estimates.append(
-            estimate_on(gpu, count, rehearsals[dtype], dataset, run_file.training, checkpointing, dtype)
+            estimate_on(gpu, count, rehearsals[dtype], dataset, training, gain, checkpointing, dtype)
         )
     validates = bool(held_out) or run_file.data.validation is not None
     return estimates, disk_needed(rehearsals[dtype].model, dataset, run_file.training, validates=validates)

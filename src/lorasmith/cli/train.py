@@ -161,11 +161,7 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
 
 def _print_plan(job: "TrainingJob") -> None:
     """Say what will be done, and what packing saves."""
-    from lorasmith.packing.plan import predict_gain
-    from lorasmith.training.schedule import order_steps
-
-    order = order_steps(job.dataset, job.training)
-    gain = predict_gain(job.dataset, job.training.batch_size, order=order.examples_of)
+    gain = job.gain
     console.print(
         f"{len(job.dataset):,} examples, {job.num_steps:,} steps of {job.training.batch_size} examples. "
         f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "

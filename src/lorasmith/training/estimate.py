@@ -15,10 +15,9 @@ from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.model.gpus import Gpu
 from lorasmith.model.memory import free_bytes
-from lorasmith.packing.plan import predict_gain
+from lorasmith.packing.plan import Gain
 from lorasmith.training.fit import Fit, bytes_of_training, fit_computed
 from lorasmith.training.rehearsal import Rehearsal
-from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import TrainingSettings
 
 _CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspace
@@ -67,13 +66,14 @@ def estimate_here(
     forward: PackForward,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
+    gain: Gain,
     fit: Fit,
 ) -> Estimate:
     """Return what a run takes on this machine, from the measurement in ``fit``."""
     weights = _bytes_of_weights(model)
     activations = round(fit.bytes_per_token * fit.largest_pack_tokens)
     training_bytes = bytes_of_training(model)
-    num_tokens = tokens_to_compute(dataset, training, forward)
+    num_tokens = tokens_to_compute(gain, len(dataset), training, forward)
     seconds = num_tokens * fit.seconds_per_token
     return Estimate(
         place="this machine's " + ("CPU" if forward.device.type == "cpu" else "GPU"),
@@ -98,6 +98,7 @@ def estimate_on(
     rehearsal: Rehearsal,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
+    gain: Gain,
     checkpointing: bool | str,
     dtype: str,
 ) -> Estimate:
@@ -111,7 +112,7 @@ def estimate_on(
     fit, activations, pack = fit_computed(
         rehearsal, dataset, one_gpu, checkpointing, torch.device("cuda"), room
     )
-    num_tokens = tokens_to_compute(dataset, training, rehearsal.forward)
+    num_tokens = tokens_to_compute(gain, len(dataset), training, rehearsal.forward)
     num_steps = training.num_steps(len(dataset))
     seconds = None
     if fit is not None:
@@ -155,13 +156,10 @@ def disk_needed(
     }
 
 
-def tokens_to_compute(
-    dataset: Sequence[TokenizedExample], training: TrainingSettings, forward: PackForward
-) -> int:
+def tokens_to_compute(gain: Gain, num_examples: int, training: TrainingSettings, forward: PackForward) -> int:
     """Return the tokens that the whole run computes, in the way of ``forward``: shared, packed or padded."""
-    gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     an_epoch = gain.padded if not forward.packed else gain.shared if forward.share_prefixes else gain.packed
-    return round(an_epoch * training.num_steps(len(dataset)) / training.steps_per_epoch(len(dataset)))
+    return round(an_epoch * training.num_steps(num_examples) / training.steps_per_epoch(num_examples))
 
 
 def in_words(seconds: float) -> str:

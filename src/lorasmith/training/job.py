@@ -43,13 +43,14 @@ from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.methods import attach_adapter, count_trainable
 from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
 from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.packing.plan import Gain, predict_gain
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.estimate import in_words, tokens_to_compute
-from lorasmith.training.fit import Fit, choose_fit
+from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.loop import StepReport, train
 from lorasmith.training.rehearsal import Rehearsal, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
-from lorasmith.training.schedule import split_for_validation, suggest_learning_rate
+from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
 Say = Callable[[str], None]
@@ -74,6 +75,7 @@ class TrainingJob:
     output: OutputSettings
     learning_rate: float
     resume_from: Checkpoint | None
+    gain: Gain
     fit: Fit
     may_checkpoint: bool
 
@@ -111,8 +113,9 @@ def prepare_job(
             f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
             "are set. Use one: the file, or a share of the training data."
         )
-    threads = _set_threads(run_dir, engine, say)
-    choice = _choose_device(run_dir, base)
+    then = read_run_record(run_dir) if (run_dir / "run.json").is_file() else None
+    threads = _set_threads(then, engine, say)
+    choice = _choose_device(then, base)
     # What "auto" meant is recorded: a run that goes on later must not measure again and get something else.
     found = {"dtype": str(choice.dtype).removeprefix("torch."), "device": choice.device.type}
     settings = {
@@ -161,14 +164,16 @@ def prepare_job(
             "num_validation": 0 if validation is None else len(validation),
         },
     )
-    resume_from = _what_to_resume(run_dir, record, output, say)
+    resume_from = _what_to_resume(run_dir, then, record, output, say)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
     model = load_base(resolved, choice, trust_remote_code=base.trust_remote_code)
     config = model.config.get_text_config()
     model = attach_adapter(model, method, seed=training.seed)
-    engine = _settle_engine(run_dir, engine, model, round(int(dataset.lengths.sum()) * training.epochs), say)
-    sketch = copy_without_weights(model)
+    engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say)
+    settled = _recorded_fit(then, training, engine)
+    # Copied before the engine changes the layers' forward; a run that goes on needs none.
+    rehearsal = None if settled else Rehearsal(copy_without_weights(model), engine)
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
@@ -194,9 +199,12 @@ def prepare_job(
             if note and name == "train":
                 say(f"Frozen layers: {note}")
 
-    fit = _recorded_fit(run_dir, training, engine)
-    if fit is None:
-        rehearsal = Rehearsal(sketch, engine)
+    gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
+    if settled is not None:
+        fit = settled
+        say(f"Memory: {fit} (as at the run's start)")
+    else:
+        assert rehearsal is not None, "made where nothing is settled"
         fit = choose_fit(
             model,
             forward,
@@ -208,22 +216,20 @@ def prepare_job(
         )
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
-            left = tokens_to_compute(dataset, training, forward) * fit.seconds_per_token
+            left = tokens_to_compute(gain, len(dataset), training, forward) * fit.seconds_per_token
             say(
                 f"Time: about {in_words(left)}, at {1 / fit.seconds_per_token:,.0f} tokens a second as measured"
             )
-    else:
-        say(f"Memory: {fit} (as at the run's start)")
     forward.set_checkpointing(fit.gradient_checkpointing)
 
     run_dir.mkdir(parents=True, exist_ok=True)
+    if resume_from is not None:
+        assert then is not None, "a checkpoint to go on from lies beside its run.json"
+        record = then
+    record = _with_fit(_with_engine(record, engine), fit)
+    write_run_record(run_dir, record)
     if resume_from is None:
-        record = _with_fit(_with_engine(record, engine), fit)
-        write_run_record(run_dir, record)
         write_whole(run_dir / "receipt.json", json.dumps(all_rows.receipt.to_json(), indent=2) + "\n")
-    else:
-        record = _with_fit(_with_engine(read_run_record(run_dir), engine), fit)
-        write_run_record(run_dir, record)
     return TrainingJob(
         run_dir,
         record,
@@ -237,6 +243,7 @@ def prepare_job(
         output,
         rate,
         resume_from,
+        gain,
         fit,
         may_checkpoint=engine.gradient_checkpointing is not False,
     )
@@ -352,12 +359,12 @@ def hold_run(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
+def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say) -> int:
     """Set torch's CPU threads and return their number: that of the run's first start, so that sums round alike."""
     if engine.threads != "auto":
         threads, reason = engine.threads, "as set"
-    elif (run_dir / "run.json").is_file():
-        threads, reason = read_run_record(run_dir).settings["engine"]["threads"], "as at the run's start"
+    elif then is not None:
+        threads, reason = then.settings["engine"]["threads"], "as at the run's start"
     else:
         threads, reason = choose_threads()
     torch.set_num_threads(threads)
@@ -366,17 +373,17 @@ def _set_threads(run_dir: Path, engine: EngineSettings, say: Say) -> int:
 
 
 def _settle_engine(
-    run_dir: Path, engine: EngineSettings, model: PeftModel, num_tokens: int, say: Say
+    then: RunRecord | None, engine: EngineSettings, model: PeftModel, num_tokens: int, say: Say
 ) -> EngineSettings:
     """Return ``engine`` with what changes the rounding decided: as at the run's start, or for ``num_tokens`` now."""
-    then: dict[str, Any] = {}
-    if (run_dir / "run.json").is_file():
-        then = read_run_record(run_dir).settings["engine"]
+    recorded: dict[str, Any] = {} if then is None else then.settings["engine"]
     found: dict[str, Any] = {}
     if engine.product_dtype == "auto":
-        found["product_dtype"] = then.get("product_dtype", choose_product_dtype(model.device, model.dtype))
-    if engine.compile == "auto" and "compile" in then:
-        found["compile"] = then["compile"]
+        found["product_dtype"] = recorded.get("product_dtype") or choose_product_dtype(
+            model.device, model.dtype
+        )
+    if engine.compile == "auto" and "compile" in recorded:
+        found["compile"] = recorded["compile"]
     elif engine.compile == "auto":
         base: Any = model.get_base_model()
         found["compile"], reason = choose_compilation(base, num_tokens)
@@ -391,22 +398,22 @@ def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
     return record.model_copy(update={"settings": settings})
 
 
-def _choose_device(run_dir: Path, base: BaseSettings) -> DeviceChoice:
+def _choose_device(then: RunRecord | None, base: BaseSettings) -> DeviceChoice:
     """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
-    if base.dtype == "auto" and (run_dir / "run.json").is_file():
-        recorded = read_run_record(run_dir).settings["base"]["dtype"]
-        return replace(choose_device(base.device, recorded), reason="as at the run's start")
+    if base.dtype == "auto" and then is not None:
+        return replace(
+            choose_device(base.device, then.settings["base"]["dtype"]), reason="as at the run's start"
+        )
     return choose_device(base.device, base.dtype)
 
 
-def _recorded_fit(run_dir: Path, training: TrainingSettings, engine: EngineSettings) -> Fit | None:
+def _recorded_fit(record: RunRecord | None, training: TrainingSettings, engine: EngineSettings) -> Fit | None:
     """Return how the run's steps were cut so far, so that the rest rounds alike; None if it must be chosen.
 
     A cut that the settings name anew wins: a run that goes on elsewhere may need one.
     """
-    if not (run_dir / "run.json").is_file():
+    if record is None:
         return None
-    record = read_run_record(run_dir)
     then = (
         record.settings["training"].get("micro_batch_tokens"),
         record.settings["engine"].get("gradient_checkpointing"),
@@ -428,11 +435,12 @@ def _with_fit(record: RunRecord, fit: Fit) -> RunRecord:
     return record.model_copy(update={"settings": settings, "fit": fit.to_json()})
 
 
-def _what_to_resume(run_dir: Path, record: RunRecord, output: OutputSettings, say: Say) -> Checkpoint | None:
+def _what_to_resume(
+    run_dir: Path, old: RunRecord | None, record: RunRecord, output: OutputSettings, say: Say
+) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None for a new run; refuse a run that was started otherwise."""
-    if not (run_dir / "run.json").is_file():
+    if old is None:
         return None
-    old = read_run_record(run_dir)
     if output.resume == "never":
         raise RunError(
             f"{run_dir} is there already. Choose another run.name, or run.resume=auto to go on with it."
