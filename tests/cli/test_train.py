@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import lorasmith as lorasmith_package
 from lorasmith.cli import main
 from lorasmith.errors import LorasmithError
+from lorasmith.training.reporters import note_samples, read_samples
 
 
 @pytest.fixture
@@ -169,9 +170,17 @@ def test_in_a_terminal_a_bar_shows_step_loss_and_time(lorasmith, tiny_base_folde
     assert "Reading and tokenising" in shown
 
 
-def test_sample_questions_are_asked_while_it_trains(lorasmith, tiny_base_folder, rows):
-    result = lorasmith(*train_words(tiny_base_folder, rows, 'run.sample_questions=["What is 3?"]'))
+def test_sample_questions_are_asked_and_kept_while_it_trains(lorasmith, tiny_base_folder, rows, tmp_path):
+    words = ('run.sample_questions=["What is 3?"]', "--name", "mine")
+    result = lorasmith(*train_words(tiny_base_folder, rows, *words))
     assert result.output.count("What is 3? →") == 2  # once an epoch
+    run_dir = tmp_path / "runs" / "mine"
+    assert [(s["step"], s["question"]) for s in read_samples(run_dir)] == [
+        (3, "What is 3?"),
+        (6, "What is 3?"),
+    ]
+    note_samples(run_dir, 6, [("What is 3?", "again")])  # a resumed run does its last steps again
+    assert [s["answer"] for s in read_samples(run_dir)][1:] == ["again"]
 
 
 def test_wrong_data_stops_before_the_first_step(lorasmith, tiny_base_folder, tmp_path):

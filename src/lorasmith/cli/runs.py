@@ -3,16 +3,13 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from lorasmith.cli.console import console
-
-if TYPE_CHECKING:
-    from lorasmith.model.run_record import RunRecord
 
 
 def command(
@@ -21,7 +18,7 @@ def command(
 ) -> None:
     """List the runs under a folder, the newest first."""
     from lorasmith.errors import RunError
-    from lorasmith.model.run_record import list_runs
+    from lorasmith.model.run_record import describe_run, list_runs
 
     if not root.exists() and not as_json:
         console.print(f"There are no runs yet in {escape(str(root))}. Train one: [bold]lorasmith demo[/]")
@@ -39,32 +36,6 @@ def command(
         _print_table(runs)
     else:
         console.print(f"There are no runs yet in {escape(str(root))}. Train one: [bold]lorasmith demo[/]")
-
-
-def describe_run(folder: Path, record: "RunRecord") -> dict[str, Any]:
-    """Return one run as plain values; ``state`` is finished, training, stopped (a checkpoint waits) or started."""
-    from lorasmith.files import is_locked
-    from lorasmith.model.run_record import LOCK
-
-    if record.result is not None:
-        state = "finished"
-    elif is_locked(folder / LOCK):
-        state = "training"
-    else:
-        checkpoints = folder / "checkpoints"
-        state = "stopped" if checkpoints.is_dir() and any(checkpoints.iterdir()) else "started"
-    result = record.result or {}
-    return {
-        "folder": str(folder),
-        "name": record.name,
-        "base": record.base.id,
-        "data": record.data.get("source"),
-        "num_examples": record.data.get("num_examples"),
-        "final_loss": result.get("final_loss"),
-        "validation_loss": result.get("validation_loss"),
-        "created": record.created,
-        "state": state,
-    }
 
 
 def _print_table(runs: list[dict[str, Any]]) -> None:

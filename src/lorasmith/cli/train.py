@@ -254,14 +254,15 @@ def _ask_samples(job: "TrainingJob", report: "StepReport") -> None:
         return
     from lorasmith.generation.chat import Chat
     from lorasmith.generation.sampling import SamplingSettings
+    from lorasmith.training.reporters import note_samples
 
     with job.forward.asking():
         chat = Chat(job.model, job.tokenizer, job.recipe)
         answers = chat.ask_many(list(questions), sampling=SamplingSettings(max_tokens=64))
-    for question, answer in zip(questions, answers, strict=True):
-        console.print(
-            f"[dim]step {report.step}[/] {escape(question)} [bold]→[/] {escape(answer.text.strip())}"
-        )
+    asked = [(question, answer.text.strip()) for question, answer in zip(questions, answers, strict=True)]
+    note_samples(job.run_dir, report.step, asked)
+    for question, answer in asked:
+        console.print(f"[dim]step {report.step}[/] {escape(question)} [bold]→[/] {escape(answer)}")
 
 
 def _print_result(run_dir: Path) -> None:

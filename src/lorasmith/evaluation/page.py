@@ -15,6 +15,7 @@ from lorasmith.evaluation.questions import EvaluationRow, name_keywords
 from lorasmith.evaluation.report import HeldOut, Report
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Count
+from lorasmith.training.reporters import running_mean
 
 _KINDS = (
     ("all", "all"),
@@ -207,7 +208,10 @@ def _charts(report: Report) -> dict[str, Any]:
     metrics = report.metrics
     if metrics:
         steps = [(m["step"], m["loss"]) for m in metrics]
-        lines = [Line("each step", "step", steps), Line("running mean", "tuned", _running_mean(steps))]
+        means = list(
+            zip([m["step"] for m in metrics], running_mean([m["loss"] for m in metrics]), strict=True)
+        )
+        lines = [Line("each step", "step", steps), Line("running mean", "tuned", means)]
         validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
         if validation:
             lines.append(Line("validation", "mark", validation))
@@ -221,15 +225,6 @@ def _charts(report: Report) -> dict[str, Any]:
         rates = [(m["step"], m["learning_rate"]) for m in metrics]
         charts["rate"] = draw_lines([Line("rate", "tuned", rates)], x_label="step", y_label="Learning rate")
     return charts
-
-
-def _running_mean(points: Sequence[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
-    """Return the exponential mean, without the pull towards 0 at the start."""
-    means, mean, total = [], 0.0, 0.0
-    for step, value in points:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        means.append((step, mean / total))
-    return means
 
 
 def _origin(report: Report) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorasmith.errors import RunError
-from lorasmith.files import write_whole
+from lorasmith.files import is_locked, write_whole
 from lorasmith.model.base import BaseRef
 
 SCHEMA_VERSION = 1
@@ -105,6 +105,29 @@ def list_runs(root: Path | str = "runs") -> list[tuple[Path, RunRecord | RunErro
     readable = [run for run in runs if isinstance(run[1], RunRecord)]
     broken = [run for run in runs if isinstance(run[1], RunError)]
     return sorted(readable, key=lambda run: run[1].created, reverse=True) + broken  # type: ignore[union-attr]
+
+
+def describe_run(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Return one run as plain values; ``state`` is finished, training, stopped (a checkpoint waits) or started."""
+    if record.result is not None:
+        state = "finished"
+    elif is_locked(folder / LOCK):
+        state = "training"
+    else:
+        checkpoints = folder / "checkpoints"
+        state = "stopped" if checkpoints.is_dir() and any(checkpoints.iterdir()) else "started"
+    result = record.result or {}
+    return {
+        "folder": str(folder),
+        "name": record.name,
+        "base": record.base.id,
+        "data": record.data.get("source"),
+        "num_examples": record.data.get("num_examples"),
+        "final_loss": result.get("final_loss"),
+        "validation_loss": result.get("validation_loss"),
+        "created": record.created,
+        "state": state,
+    }
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:

@@ -4,6 +4,7 @@ runs/handbook/
   run.json        written before the first step, and again with the result
   receipt.json    what became of every row
   metrics.jsonl   every step        loss.png   the same as a picture
+  samples.jsonl   what run.sample_questions were answered on the way
   checkpoints/    while training, and after it the last and the best
   adapter/        plain PEFT: the result
 """

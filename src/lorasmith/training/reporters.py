@@ -11,6 +11,8 @@ from lorasmith.errors import MissingExtraError
 from lorasmith.files import storing, write_whole
 from lorasmith.training.loop import StepReport
 
+SAMPLES = "samples.jsonl"  # in a run folder: what the model answered while it learnt
+
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a step, on disk before the next step begins."""
@@ -43,8 +45,23 @@ def as_metrics(report: StepReport) -> dict[str, Any]:
     return {**metrics, "tokens_per_second": round(report.tokens_per_second, 1)}
 
 
+def note_samples(run_dir: Path, step: int, asked: Sequence[tuple[str, str]]) -> None:
+    """Add (question, answer) pairs of this step to samples.jsonl."""
+    lines = [
+        json.dumps({"step": step, "question": question, "answer": answer}) + "\n"
+        for question, answer in asked
+    ]
+    with storing(run_dir / SAMPLES), (run_dir / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what :func:`note_samples` wrote, in order; of steps that a resumed run did again, the last answer."""
+    return list({(s["step"], s["question"]): s for s in read_metrics(run_dir / SAMPLES)}.values())
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the steps of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """Return the lines of metrics.jsonl or samples.jsonl; a last one that was cut off by a crash is left out."""
     if not path.is_file():
         return []
     found = []
@@ -68,7 +85,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
-    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
+    axes.plot(steps, running_mean(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
     validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
     if validation:
         axes.plot(
@@ -85,7 +102,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     return target
 
 
-def _running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Return the exponential mean of ``values``, without the pull towards 0 at the start."""
     means, mean, total = [], 0.0, 0.0
     for value in values:
