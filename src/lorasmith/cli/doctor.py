@@ -26,6 +26,7 @@ EXTRAS = {
     "wandb": "Weights & Biases curves",
     "mlflow": "MLflow curves",
     "lm-eval": "lorasmith evaluate --tasks",
+    "serve": "lorasmith serve",
 }
 MIN_FREE_GB, MIN_MEMORY_GB = (
     3.0,

@@ -57,7 +57,7 @@ class Chat:
         self._next_token = NextToken(model)
         self._kept = KeptTurn([])
         self._lead = recipe.answer_lead()
-        self._stop_token_ids = frozenset(recipe.stop_token_ids(tokenizer)) | _end_tokens(model)
+        self.stop_token_ids = frozenset(recipe.stop_token_ids(tokenizer)) | _end_tokens(model)
         added = tokenizer.added_tokens_decoder  # pyright: ignore[reportAttributeAccessIssue]
         special = {token_id for token_id, token in added.items() if token.special}
         self._hidden_token_ids = frozenset(special | set(tokenizer.all_special_ids))
@@ -132,7 +132,7 @@ class Chat:
         it does not fit the model's context.
         """
         prompt_ids = self.encode_prompt(question, input=input, system=system, override_system=override_system)
-        writer = self._new_writer(prompt_ids, sampling)
+        writer = self.new_writer(prompt_ids, sampling)
         start = time.perf_counter()
         for _ in decode(self._next_token, prompt_ids, Sampler(sampling), writer, self._kept):
             pass
@@ -149,7 +149,7 @@ class Chat:
     ) -> Iterator[Piece]:
         """Answer as ``ask`` does, piece by piece. Faults of the question are raised by this call itself."""
         prompt_ids = self.encode_prompt(question, input=input, system=system, override_system=override_system)
-        return self._stream(prompt_ids, self._new_writer(prompt_ids, sampling), sampling)
+        return self._stream(prompt_ids, self.new_writer(prompt_ids, sampling), sampling)
 
     def _stream(
         self, prompt_ids: list[int], writer: AnswerWriter, sampling: SamplingSettings
@@ -176,7 +176,7 @@ class Chat:
         ``seconds`` run from the beginning of the whole call.
         """
         prompts = [self.encode_prompt(question) for question in questions]
-        writers = [self._new_writer(prompt, sampling) for prompt in prompts]
+        writers = [self.new_writer(prompt, sampling) for prompt in prompts]
         start = time.perf_counter()
         answers: dict[int, Answer] = {}
 
@@ -224,7 +224,11 @@ class Chat:
                 "so many words (--override-system, override_system=True)."
             )
 
-    def _new_writer(self, prompt_ids: Sequence[int], sampling: SamplingSettings) -> AnswerWriter:
+    def new_writer(self, prompt_ids: Sequence[int], sampling: SamplingSettings) -> AnswerWriter:
+        """Return what an answer to the prompt is written into, token by token, by whoever decodes it.
+
+        Raises: OverlongError when the prompt leaves the model's context no room.
+        """
         longest = self.max_context
         room = sampling.max_tokens if longest is None else longest - len(prompt_ids)
         if room < 1:
@@ -234,7 +238,7 @@ class Chat:
             )
         return AnswerWriter(
             self.tokenizer,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self.stop_token_ids,
             hidden_token_ids=self._hidden_token_ids,
             stop=(*self.recipe.stop, *sampling.stop),
             max_tokens=min(sampling.max_tokens, room),

@@ -132,7 +132,7 @@ class AnswerWriter:
         self._guard = StopGuard(stop)
         self._stop_token_ids = stop_token_ids
         self._hidden_token_ids = hidden_token_ids
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -155,7 +155,7 @@ class AnswerWriter:
             text = self._guard.push(self._decoder.push(token_id))
         if self._guard.found:
             self.finish_reason = "stop"
-        elif self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
+        elif self.finish_reason is None and len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is None or self._guard.found:
             return text

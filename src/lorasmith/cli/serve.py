@@ -1,0 +1,143 @@
+"""``lorasmith serve``: runs behind OpenAI's API, many adapters on one base."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorasmith.cli import answering
+from lorasmith.cli.answering import note
+from lorasmith.cli.console import console
+from lorasmith.errors import MissingExtraError, SettingsError
+from lorasmith.serve.settings import ServeSettings
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def _option(name: str, *flags: str) -> Any:
+    field = ServeSettings.model_fields[name]
+    default = field.get_default()
+    shown = "" if default in ((), False) else f" Default: {default}."
+    return typer.Option(*flags, help=f"{field.description}{shown}")
+
+
+def command(
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run or adapter folder to serve, as its own name or NAME=FOLDER. May be given several times."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: that of the first run. Also a merged folder.")
+    ] = None,
+    base_name: Annotated[str | None, typer.Option(help="What the base is called in requests.")] = None,
+    host: Annotated[str | None, _option("host")] = None,
+    port: Annotated[int | None, _option("port")] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with API keys, one a line; LORASMITH_API_KEYS holds more, by comma."),
+    ] = None,
+    without_keys: Annotated[
+        bool,
+        typer.Option(
+            "--without-keys", help="Let everybody ask who reaches another address than this machine."
+        ),
+    ] = False,
+    adapter_folder: Annotated[list[Path] | None, _option("adapter_folders", "--adapter-folder")] = None,
+    override_system: Annotated[bool, _option("override_system", "--override-system")] = False,
+    max_rows: Annotated[int | None, _option("max_rows")] = None,
+    max_waiting: Annotated[int | None, _option("max_waiting")] = None,
+    cache_tokens: Annotated[int | None, _option("cache_tokens")] = None,
+    kept_tokens: Annotated[int | None, _option("kept_tokens")] = None,
+    chunk_tokens: Annotated[int | None, _option("chunk_tokens")] = None,
+    max_prompt_tokens: Annotated[int | None, _option("max_prompt_tokens")] = None,
+    max_answer_tokens: Annotated[int | None, _option("max_answer_tokens")] = None,
+    max_choices: Annotated[int | None, _option("max_choices")] = None,
+    max_request_bytes: Annotated[int | None, _option("max_request_bytes")] = None,
+    max_models: Annotated[int | None, _option("max_models")] = None,
+    drain_seconds: Annotated[int | None, _option("drain_seconds")] = None,
+    log_contents: Annotated[bool, _option("log_contents", "--log-contents")] = False,
+    device: answering.Device = "auto",
+    dtype: answering.Dtype = "auto",
+) -> None:
+    """Serve runs behind OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    A request's model picks the run, or the untuned base; all share one batch. Each is asked by the recipe
+    that it was trained with.
+    """
+    settings = parse_settings(
+        host=host,
+        port=port,
+        adapter_folders=tuple(adapter_folder or ()),
+        override_system=override_system,
+        max_rows=max_rows,
+        max_waiting=max_waiting,
+        cache_tokens=cache_tokens,
+        kept_tokens=kept_tokens,
+        chunk_tokens=chunk_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+        max_choices=max_choices,
+        max_request_bytes=max_request_bytes,
+        max_models=max_models,
+        drain_seconds=drain_seconds,
+        log_contents=log_contents,
+    )
+    _need_extra()
+    from lorasmith.serve.app import create_app
+    from lorasmith.serve.keys import KEYS_VARIABLE, read_keys
+    from lorasmith.serve.log import log_to_stderr
+    from lorasmith.serve.models import name_runs, open_models
+    from lorasmith.serve.server import run_server
+    from lorasmith.serve.service import Service
+
+    keys = read_keys(api_key_file)
+    if settings.host not in _LOCAL and not keys and not without_keys:
+        raise SettingsError(
+            f"With --host {settings.host} other machines reach this server, and it has no API keys. "
+            f"Set {KEYS_VARIABLE}, pass --api-key-file FILE, or say --without-keys if everybody there may ask."
+        )
+    models = open_models(
+        name_runs(run or ()),
+        base=base,
+        base_name=base_name,
+        device=device,
+        dtype=dtype,
+        max_models=settings.max_models,
+        tell=note,
+    )
+    for model in models.list():
+        for line in model.chat.notes:
+            note(f"{model.name}: {line}")
+    log_to_stderr()
+    names = ", ".join(model.name for model in models.list())
+    run_server(
+        create_app(Service(models, settings), keys=keys),
+        settings,
+        on_ready=lambda url: console.print(f"Serving {names} at {url}/v1", soft_wrap=True),
+    )
+
+
+def parse_settings(**values: object) -> ServeSettings:
+    """Return the settings, or raise SettingsError that names every wrong value; None keeps the default."""
+    from pydantic import ValidationError
+
+    try:
+        return ServeSettings.model_validate(
+            {name: value for name, value in values.items() if value is not None}
+        )
+    except ValidationError as error:
+        faults = [
+            f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']}: {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise SettingsError("The server's settings are wrong:\n  " + "\n  ".join(faults)) from error
+
+
+def _need_extra() -> None:
+    import importlib.util
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("lorasmith serve", package, "serve")

@@ -1,0 +1,293 @@
+"""The routes: OpenAI's, vLLM's for adapters, /health and /metrics. A page may be mounted at /; see create_app."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from lorasmith import __version__
+from lorasmith.errors import LorasmithError
+from lorasmith.serve.faults import RequestError, error_body, read_fault
+from lorasmith.serve.keys import Keys
+from lorasmith.serve.log import write_line
+from lorasmith.serve.models import find_allowed
+from lorasmith.serve.replies import ChatReply, CompletionReply, Reply
+from lorasmith.serve.scheduler import BusyError
+from lorasmith.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    list_models,
+    model_card,
+    read_request,
+)
+from lorasmith.serve.service import Answering, Service
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def create_app(
+    service: Service, *, keys: Keys | None = None, mount_page: Callable[[FastAPI], None] | None = None
+) -> FastAPI:
+    """Return the app over ``service``; when it shuts down, the service is closed.
+
+    ``mount_page`` is called with the app once every route is there: what it mounts at / is reached by whatever
+    is not /health, /metrics or below /v1. The service is ``app.state.service``.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    # No pages of FastAPI's own: they load scripts from the network.
+    app = FastAPI(
+        title="lorasmith",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    if service.settings.host in LOCAL_HOSTS:
+        # A page in this machine's browser must not reach us through a name of its own (DNS rebinding).
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])
+    app.add_exception_handler(LorasmithError, _answer_fault)
+    app.add_exception_handler(HTTPException, _answer_http_fault)
+    app.include_router(_open_routes(service))
+    app.include_router(_routes(service), prefix="/v1", dependencies=[Depends(_key_check(keys or Keys()))])
+    if mount_page is not None:
+        mount_page(app)
+    return app
+
+
+def _open_routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> Response:
+        if not service.scheduler.is_alive:
+            return JSONResponse({"status": "stopped"}, status_code=503)
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    return routes
+
+
+def _routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/models")
+    async def models() -> Response:
+        return JSONResponse(list_models(service.models.list()))
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> Response:
+        return JSONResponse(model_card(service.find_model(name)))
+
+    @routes.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asked = read_request(ChatRequest, await _read_body(request, service))
+        model = service.find_model(asked.model)
+        messages = [message.to_message() for message in asked.messages]
+        prompt = service.encode_messages(model, messages, override_system=asked.override_system)
+        return await _answer(request, service, ChatReply(model, asked), [prompt])
+
+    @routes.post("/completions")
+    async def completions(request: Request) -> Response:
+        asked = read_request(CompletionRequest, await _read_body(request, service))
+        model = service.find_model(asked.model)
+        prompts = service.encode_prompts(model, asked)
+        return await _answer(request, service, CompletionReply(model, asked), prompts)
+
+    @routes.post("/load_lora_adapter")
+    async def load_lora_adapter(request: Request) -> Response:
+        asked = read_request(LoadAdapterRequest, await _read_body(request, service))
+        folder = find_allowed(Path(asked.lora_path), service.settings.adapter_folders)
+        await asyncio.to_thread(service.load, asked.lora_name, folder, replaces=asked.load_inplace)
+        write_line("adapter loaded", model=asked.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    @routes.post("/unload_lora_adapter")
+    async def unload_lora_adapter(request: Request) -> Response:
+        asked = read_request(UnloadAdapterRequest, await _read_body(request, service))
+        service.unload(asked.lora_name)
+        write_line("adapter unloaded", model=asked.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    return routes
+
+
+def _key_check(keys: Keys) -> Callable[[Request], None]:
+    def check(request: Request) -> None:
+        if not keys.admit(request.headers.get("Authorization")):
+            raise RequestError(
+                "The API key is missing or wrong. Send it as: Authorization: Bearer KEY",
+                status=401,
+                type="authentication_error",
+                code="invalid_api_key",
+            )
+
+    return check
+
+
+async def _read_body(request: Request, service: Service) -> Any:
+    """Return the JSON of the body, which is read no further than its largest size.
+
+    Only application/json is taken: a page in a browser cannot send that to another origin unasked.
+    """
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"The Content-Type is {kind!r:.60}; send application/json.", status=415)
+    limit = service.settings.max_request_bytes
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise RequestError(
+                f"The request is larger than {limit:,} bytes.", status=413, code="request_too_large"
+            )
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as fault:
+        raise RequestError(f"The request is no JSON: {fault}") from None
+
+
+async def _answer(request: Request, service: Service, reply: Reply, prompts: list[list[int]]) -> Response:
+    """Ask, and answer as one JSON object or as a stream; what a client that left had asked is cancelled."""
+    asked, settings = reply.asked, service.settings
+    if asked.n > settings.max_choices or asked.n * len(prompts) > settings.max_waiting:
+        raise RequestError(
+            f"{asked.n} answers to each of {len(prompts)} prompts; at most {settings.max_choices} are given.",
+            param="n",
+        )
+    answering = await service.ask(
+        reply.model,
+        prompts,
+        asked.sampling(max_answer_tokens=settings.max_answer_tokens),
+        num_choices=asked.n,
+        num_top=asked.num_top,
+        schema=asked.response_format.schema_of_answer(),
+    )
+    done = _Record(service, reply, answering)
+    if asked.stream:
+        return StreamingResponse(_stream(reply, answering, done), media_type="text/event-stream")
+    with done:
+        if not await _collect(request, reply, answering):
+            done.status = 499
+            return Response(status_code=499)
+        return JSONResponse(reply.whole(answering))
+
+
+async def _collect(request: Request, reply: Reply, answering: Answering) -> bool:
+    """Take all parts; False if the client left first."""
+
+    async def take_all() -> None:
+        async for index, delta in answering:
+            reply.add(index, delta)
+
+    async def wait_until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(take_all()), asyncio.create_task(wait_until_gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+        return tasks[0].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _stream(reply: Reply, answering: Answering, done: "_Record") -> AsyncIterator[str]:
+    """Yield server-sent events. A fault after the first one can only be told as an event of its own."""
+    with done:
+        try:
+            for chunk in reply.opening():
+                yield _event(chunk)
+            async for index, delta in answering:
+                reply.add(index, delta)
+                yield _event(reply.part(index, delta))
+            if reply.asked.includes_usage:
+                yield _event(reply.closing(answering))
+        except LorasmithError as fault:
+            told = read_fault(fault)
+            done.status = told.status
+            yield _event(error_body(told))
+        yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class _Record:
+    """Around one request: cancels what is unfinished at its end, counts it, and writes its line into the log."""
+
+    def __init__(self, service: Service, reply: Reply, answering: Answering) -> None:
+        self._service, self._reply, self._answering = service, reply, answering
+        self.status = 200
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: object) -> None:
+        service, reply, answering = self._service, self._reply, self._answering
+        service.cancel(answering)
+        if isinstance(fault, LorasmithError):
+            self.status = read_fault(fault).status
+        elif fault is not None:
+            self.status = 499  # nginx's number for a client that left
+        seconds = time.monotonic() - answering.started
+        first = answering.first_part and answering.first_part - answering.started
+        service.metrics.note_request(reply.model.name, self.status)
+        service.metrics.note_times(first, seconds)
+        write_line(
+            "request",
+            id=reply.id,
+            model=reply.model.name,
+            status=self.status,
+            prompt_tokens=answering.prompt_tokens,
+            cached_tokens=answering.cached_tokens,
+            completion_tokens=answering.completion_tokens,
+            first_seconds=first and round(first, 3),
+            seconds=round(seconds, 3),
+            **(reply.contents() if service.settings.log_contents else {}),
+        )
+
+
+async def _answer_fault(request: Request, fault: Exception) -> Response:
+    assert isinstance(fault, LorasmithError)
+    told = read_fault(fault)
+    headers = {"Retry-After": str(fault.retry_seconds)} if isinstance(fault, BusyError) else {}
+    if told.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    service: Service = request.app.state.service
+    service.metrics.note_request("", told.status)
+    write_line("refused", path=request.url.path, status=told.status, code=told.code)
+    return JSONResponse(error_body(told), status_code=told.status, headers=headers)
+
+
+async def _answer_http_fault(request: Request, fault: Exception) -> Response:
+    assert isinstance(fault, HTTPException)
+    told = RequestError(
+        f"{request.method} {request.url.path}: {fault.detail}",
+        status=fault.status_code,
+        code="unknown_url" if fault.status_code == 404 else None,
+    )
+    return JSONResponse(error_body(told), status_code=told.status, headers=fault.headers)

@@ -1,0 +1,113 @@
+"""Whoever shares the batch, an answer is the one that Chat over PEFT's own model gives alone."""
+
+import random
+
+import pytest
+import torch
+
+from conftest import make_tiny_model
+from lorasmith.data.prompts import choose_recipe
+from lorasmith.data.settings import PromptSettings
+from lorasmith.generation.chat import Chat
+from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.serve.batch import Batch, Row
+from lorasmith.serve.models import open_models
+
+QUESTIONS = (
+    "When is payday?",
+    "Hi",
+    "Where is the office? " * 6,
+    "How do I get my tokens?",
+    "You are a helpful assistant. " * 3,
+    "Below is an instruction",
+)
+SETTINGS = (
+    SamplingSettings(max_tokens=20),
+    SamplingSettings(max_tokens=12, stop=("A", "s", "u", "}|")),
+    SamplingSettings(max_tokens=9, temperature=1.0, top_p=0.9, seed=5),
+    SamplingSettings(max_tokens=30, temperature=0.7, seed=11),
+)
+
+
+def make_batch(model, **limits):
+    return Batch(
+        model, **{"max_rows": 5, "cache_tokens": 4096, "kept_tokens": 1024, "chunk_tokens": 40, **limits}
+    )
+
+
+def make_row(chat, adapter, question, sampling, parts):
+    prompt = chat.encode_prompt(question)
+    return Row(prompt, adapter, sampling, chat.new_writer(prompt, sampling), parts.append)
+
+
+def run(batch, rows):
+    """Answer ``rows`` in order, as the scheduler does."""
+    waiting = list(rows)
+    sizes = []
+    while waiting or len(batch):
+        batch.join(lambda: waiting[0] if waiting else None, lambda: waiting.pop(0))
+        if batch.reading:
+            batch.read()
+            batch.leave()
+        sizes.append(len(batch))
+        if batch.writing:
+            batch.write()
+        batch.leave()
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def models(tiny_base_folder, adapters):
+    torch.set_num_threads(1)
+    return open_models(
+        list(adapters.items()), base=str(tiny_base_folder), base_name="tiny", device="cpu", dtype="float32"
+    )
+
+
+@pytest.mark.parametrize("kept_tokens", [0, 1024])
+def test_a_mixed_batch_answers_as_each_alone(models, lone_chats, kept_tokens):
+    dice = random.Random(1)
+    asked = [
+        (model, question, sampling)
+        for model in models.list()
+        for question in QUESTIONS
+        for sampling in SETTINGS
+    ]
+    dice.shuffle(asked)
+    parts = [[] for _ in asked]
+    rows = [
+        make_row(model.chat, model.adapter, question, sampling, told)
+        for (model, question, sampling), told in zip(asked, parts, strict=True)
+    ]
+    batch = make_batch(models.model, kept_tokens=kept_tokens)
+    sizes = run(batch, rows)
+    assert max(sizes) == 5
+    for (model, question, sampling), row, told in zip(asked, rows, parts, strict=True):
+        alone = lone_chats[model.name].ask(question, sampling=sampling)
+        assert tuple(row.writer.token_ids) == alone.token_ids, (model.name, question, sampling)
+        assert "".join(part.text for part in told) == alone.text
+        assert [token.id for part in told for token in part.tokens] == list(alone.token_ids)
+        assert told[-1].finish_reason == alone.finish_reason
+    answers = {
+        tuple(row.writer.token_ids)
+        for row, (_, q, s) in zip(rows, asked, strict=True)
+        if (q, s) == (QUESTIONS[0], SETTINGS[0])
+    }
+    assert len(answers) == 4  # each adapter, and the base, says something else
+    if kept_tokens:
+        assert sum(row.shared for row in rows) > 0.5 * sum(len(row.prompt_ids) for row in rows)
+    assert batch._cache.num_slots == 0  # an idle server holds no keys but the kept ones
+    assert batch.beginnings.num_tokens <= kept_tokens
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen", "gpt_neox"])
+def test_other_models_answer_as_transformers_generate(family, tiny_tokenizer):
+    model = make_tiny_model(family)
+    recipe, _ = choose_recipe(PromptSettings(recipe="chat"), tiny_tokenizer)
+    chat = Chat(model, tiny_tokenizer, recipe)
+    rows = [make_row(chat, None, question, SETTINGS[0], []) for question in QUESTIONS * 2]
+    run(make_batch(model), rows)
+    for row in rows:
+        ids = torch.tensor([row.prompt_ids])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        assert row.writer.token_ids == whole[0, len(row.prompt_ids) :].tolist()
