@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from lorasmith import __version__
 from lorasmith.errors import LorasmithError
 from lorasmith.serve.faults import RequestError, error_body, read_fault
 from lorasmith.serve.keys import Keys
@@ -52,7 +51,6 @@ def create_app(
     # No pages of FastAPI's own: they load scripts from the network.
     app = FastAPI(
         title="lorasmith",
-        version=__version__,
         lifespan=lifespan,
         openapi_url=None,
         docs_url=None,
@@ -78,7 +76,7 @@ def _open_routes(service: Service) -> APIRouter:
     async def health() -> Response:
         if not service.scheduler.is_alive:
             return JSONResponse({"status": "stopped"}, status_code=503)
-        return JSONResponse({"status": "ok", "version": __version__})
+        return JSONResponse({"status": "ok"})
 
     @routes.get("/metrics")
     async def metrics() -> Response:
