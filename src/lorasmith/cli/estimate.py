@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -115,12 +115,14 @@ def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dic
 
 
 def _print_estimates(estimates: list["Estimate"]) -> None:
+    from lorasmith.model.memory import in_gib
+
     first = estimates[0]
     table = Table("", *(estimate.place for estimate in estimates), box=None, pad_edge=False)
     for what in first.parts:
-        table.add_row(what, *(_gib(estimate.parts[what]) for estimate in estimates))
-    table.add_row("[bold]at the peak[/]", *(f"[bold]{_gib(e.peak_bytes)}[/]" for e in estimates))
-    table.add_row("memory there", *(_gib(estimate.memory_bytes) for estimate in estimates))
+        table.add_row(what, *(in_gib(estimate.parts[what]) for estimate in estimates))
+    table.add_row("[bold]at the peak[/]", *(f"[bold]{in_gib(e.peak_bytes)}[/]" for e in estimates))
+    table.add_row("memory there", *(in_gib(estimate.memory_bytes) for estimate in estimates))
     table.add_row("fits", *("[green]yes[/]" if e.fit else "[red]no[/]" for e in estimates))
     table.add_row("tokens in a pack", *(f"{e.fit.micro_batch_tokens:,}" if e.fit else "-" for e in estimates))
     table.add_row(
@@ -166,7 +168,3 @@ def _print_disk(disk: dict[str, int], free: int, root: Path) -> None:
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _gib(num_bytes: Any) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

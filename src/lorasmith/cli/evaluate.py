@@ -1,7 +1,6 @@
 """``lorasmith evaluate``: loss, right answers, ROUGE-L and chrF of whatever can be asked, on one file."""
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -179,12 +178,11 @@ def _print_answers(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _print_comparison(base: "AnswersReport", tuned: "AnswersReport") -> None:
+    from lorasmith.evaluation.answers import compare_answers
     from lorasmith.evaluation.settings import ReportSettings
-    from lorasmith.evaluation.statistics import Comparison
     from lorasmith.evaluation.verdict import judge_against_base
 
-    compared = Comparison.of(*([record.is_right for record in side.records] for side in (base, tuned)))
-    console.print(judge_against_base(compared, ReportSettings()).text)
+    console.print(judge_against_base(compare_answers(base, tuned), ReportSettings()).text)
 
 
 def _print_tasks(results: dict[str, dict[str, Any]]) -> None:
@@ -203,11 +201,7 @@ def _as_json(result: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if "answers" in result:
         values |= result["answers"].to_json()
-        surprise = result["surprise"]
-        values["surprise"] = surprise and {
-            **asdict(surprise),
-            "perplexity": surprise.perplexity if math.isfinite(surprise.perplexity) else None,
-        }
+        values["surprise"] = result["surprise"] and result["surprise"].to_json()
     if "tasks" in result:
         values["tasks"] = [asdict(score) for score in result["tasks"]]
     return values

@@ -122,7 +122,7 @@ def check_held_out(settings: ReportSettings) -> None:
 def report_after_training(run_dir: Path, settings: ReportSettings) -> None:
     """Make the report of a run that has just ended, unless it is switched off or there; Ctrl-C leaves it out."""
     from lorasmith.evaluation.report import PAGE_FILE
-    from lorasmith.export.proof import free_memory
+    from lorasmith.model.memory import give_back_freed_memory
 
     page = run_dir / PAGE_FILE
     if not settings.after_training:
@@ -130,7 +130,7 @@ def report_after_training(run_dir: Path, settings: ReportSettings) -> None:
     if page.is_file():
         console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
         return
-    free_memory()  # of the model that was trained
+    give_back_freed_memory()  # of the model that was trained
     by_hand = escape(f"lorasmith report --run {run_dir}")
     console.print(
         f"\nAsking base and tuned model for the report (Ctrl-C leaves it out: {by_hand})", soft_wrap=True

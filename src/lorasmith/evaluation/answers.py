@@ -9,7 +9,7 @@ from lorasmith.evaluation.facts import agrees_with, has_keywords, is_verbatim
 from lorasmith.evaluation.likeness import chrf, rouge_l
 from lorasmith.evaluation.questions import EvaluationRow
 from lorasmith.evaluation.settings import ReportSettings
-from lorasmith.evaluation.statistics import Count
+from lorasmith.evaluation.statistics import Comparison, Count
 from lorasmith.generation.chat import GREEDY
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import FinishReason
@@ -107,6 +107,11 @@ class AnswersReport:
 
     def _count(self, outcomes: Sequence[bool]) -> Count:
         return Count(sum(outcomes), len(outcomes))
+
+
+def compare_answers(first: AnswersReport, second: AnswersReport) -> Comparison:
+    """Count who was right, question by question; both were asked the same in the same order."""
+    return Comparison.of(*([record.is_right for record in side.records] for side in (first, second)))
 
 
 def evaluate_answers(

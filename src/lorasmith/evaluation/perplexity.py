@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ class Surprise:
     def perplexity(self) -> float:
         """As many equally likely tokens would leave the model as unsure; infinite where that is no number."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the perplexity; None where that is infinite, which JSON cannot say."""
+        perplexity = self.perplexity
+        return {**asdict(self), "perplexity": perplexity if math.isfinite(perplexity) else None}
 
 
 def answer_surprise(chat: Chat, rows: Sequence[EvaluationRow]) -> Surprise:

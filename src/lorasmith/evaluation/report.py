@@ -4,7 +4,6 @@ run folder -> questions, training data -> base, tuned, merged are asked -> count
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import RunError
-from lorasmith.evaluation.answers import AnswersReport, choose_max_tokens, evaluate_answers, longest_reference
+from lorasmith.evaluation.answers import (
+    AnswersReport,
+    choose_max_tokens,
+    compare_answers,
+    evaluate_answers,
+    longest_reference,
+)
 from lorasmith.evaluation.held_out import QuestionSet, TrainingData, choose_questions, sample_training
 from lorasmith.evaluation.overlap import Copying, measure_copying
 from lorasmith.evaluation.perplexity import Surprise, answer_surprise, text_surprise
@@ -72,7 +77,7 @@ class HeldOut:
 
     @property
     def compared(self) -> Comparison:
-        return Comparison.of(*([r.is_right for r in side.records] for side in (self.base, self.tuned)))
+        return compare_answers(self.base, self.tuned)
 
     def set_places(self) -> list[tuple[QuestionSet, slice]]:
         """Return each set with its place in the rows."""
@@ -95,7 +100,7 @@ class Probe:
 
     @property
     def compared(self) -> Comparison:
-        return Comparison.of(*([r.is_right for r in side.records] for side in (self.base, self.tuned)))
+        return compare_answers(self.base, self.tuned)
 
 
 @dataclass(frozen=True)
@@ -297,8 +302,8 @@ def to_json(report: Report) -> dict[str, Any]:
             "base": report.probe.base.to_json(),
             "tuned": report.probe.tuned.to_json(),
             "compared": _comparison_json(report.probe.compared),
-            "base_text": _surprise_json(report.probe.base_text),
-            "tuned_text": _surprise_json(report.probe.tuned_text),
+            "base_text": report.probe.base_text.to_json(),
+            "tuned_text": report.probe.tuned_text.to_json(),
         },
         "metrics": list(report.metrics),
         "receipt": report.receipt,
@@ -329,19 +334,14 @@ def _held_out_json(held_out: HeldOut) -> dict[str, Any]:
         "longest_reference": held_out.longest_reference,
         **{name: side and side.to_json() for name, side in sides.items()},
         "compared": _comparison_json(held_out.compared),
-        "base_surprise": _surprise_json(held_out.base_surprise),
-        "tuned_surprise": _surprise_json(held_out.tuned_surprise),
+        "base_surprise": held_out.base_surprise.to_json(),
+        "tuned_surprise": held_out.tuned_surprise.to_json(),
         "copying": held_out.copying and [asdict(copying) for copying in held_out.copying],
     }
 
 
 def _comparison_json(compared: Comparison) -> dict[str, Any]:
     return {**asdict(compared), "p_value": compared.p_value}
-
-
-def _surprise_json(surprise: Surprise) -> dict[str, Any]:
-    perplexity = surprise.perplexity
-    return {**asdict(surprise), "perplexity": perplexity if math.isfinite(perplexity) else None}
 
 
 def _surprise_by_answers(side: KeptChat, rows: Sequence[EvaluationRow]) -> Surprise:

@@ -23,7 +23,6 @@ from lorasmith.export.proof import (
     answer_greedily,
     compared_length,
     encode_questions,
-    free_memory,
     largest_difference,
     spread,
 )
@@ -45,6 +44,7 @@ from lorasmith.model.found import (
     fingerprint_adapter,
     say_nothing,
 )
+from lorasmith.model.memory import give_back_freed_memory
 from lorasmith.model.run_record import library_versions
 
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -109,7 +109,7 @@ def merge(
                 f"The adapter {source.adapter} has no effect: it changes no logit. Train it first."
             )
         del tuned
-        free_memory()
+        give_back_freed_memory()
 
         merged_folder = ResolvedBase(source.base.ref, part)
         merged = load_base(merged_folder, compare_on, trust_remote_code=source.trust_remote_code)

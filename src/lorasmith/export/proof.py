@@ -3,7 +3,6 @@
 Shapes: N questions, T tokens of a question and its answer, V vocabulary.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -162,10 +161,3 @@ def largest_difference(some: Sequence[GreedyAnswer], others: Sequence[GreedyAnsw
 def spread(answers: Sequence[GreedyAnswer]) -> float:
     """Return the largest minus the smallest logit."""
     return float(max(a.logits.max() for a in answers) - min(a.logits.min() for a in answers))
-
-
-def free_memory() -> None:
-    """Let go of a model's memory before the next is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
-"""GPUs that can be rented or bought: memory and peak rates, from NVIDIA's data sheets.
+"""GPUs that can be rented or bought: memory and peak rates, as their makers state them.
 
 Rates are TFLOP/s of dense products with float32 accumulation (data sheets also print the double, "with sparsity").
 Memory is what the driver leaves of the nominal size: cards of GDDR6 with error correction keep a sixteenth of it.
 
-Sources: the NVIDIA data sheets of T4, V100, A10, A40, A100, L4, L40S, H100, H200, B200, RTX A6000 and RTX 6000 Ada;
-the architecture papers of GA102 (RTX 3090), AD102 (RTX 4090) and Blackwell RTX (RTX 5090); A10G as AWS G5 has it.
+Compared with public tables of the makers' numbers: the rates of T4, V100, A10, A40, A100, L4, L40S, H100 and H200, and
+the float32 rates of A10G, RTX3090 and RTX5090. The other rates, and the memory that a driver leaves, were not compared
+with a source and not measured: an estimate from them is computed, and says so.
 """
 
 import difflib

@@ -38,13 +38,18 @@ def keep_freed_memory() -> bool:
     )
 
 
-def give_back_freed_memory(device: torch.device) -> None:
+def give_back_freed_memory() -> None:
     """Return to the system what Python, glibc and torch's CUDA cache hold without using it."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    elif (libc := _glibc()) is not None:
+    if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def in_gib(num_bytes: float) -> str:
+    """Return ``num_bytes`` in words, as every command tells memory."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -82,7 +87,7 @@ def measure_peak(device: torch.device) -> Iterator[Peak]:
     On a CPU: Linux's high-water mark of resident memory (VmHWM), put back through /proc/self/clear_refs; where
     that is not allowed, and on other systems, resident memory sampled every 5 ms. On CUDA: torch's reserved bytes.
     """
-    give_back_freed_memory(device)
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

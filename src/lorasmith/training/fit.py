@@ -25,7 +25,14 @@ from peft import PeftModel
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.errors import TrainingError
-from lorasmith.model.memory import Peak, free_bytes, give_back_freed_memory, is_out_of_memory, measure_peak
+from lorasmith.model.memory import (
+    Peak,
+    free_bytes,
+    give_back_freed_memory,
+    in_gib,
+    is_out_of_memory,
+    measure_peak,
+)
 from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.rehearsal import Rehearsal, Rehearsed
 from lorasmith.training.schedule import order_steps
@@ -120,7 +127,7 @@ def choose_fit(
             tokens,
             recompute,
             "computed, not measured, since the run is short: "
-            f"{_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
+            f"{in_gib(need + fixed)} of {in_gib(room + fixed)} that can be used",
             pack.num_tokens,
             need / pack.num_tokens,
             round(_resident(device) + fixed + need),
@@ -170,7 +177,7 @@ def _measure(
     return Fit(
         tokens,
         recompute,
-        f"{how} by {peak.how}: {_gib(need + fixed)} of {_gib(room + fixed)} that can be used",
+        f"{how} by {peak.how}: {in_gib(need + fixed)} of {in_gib(room + fixed)} that can be used",
         heaviest.num_tokens,
         need / heaviest.num_tokens,
         round(before + fixed + need),
@@ -247,7 +254,7 @@ def has_room_for(pack: Pack, fit: Fit, device: torch.device) -> bool:
     need = fit.bytes_per_token * pack.num_tokens
     if need <= free_bytes(device):
         return True
-    give_back_freed_memory(device)
+    give_back_freed_memory()
     return need <= free_bytes(device)
 
 
@@ -377,7 +384,7 @@ def _try_pack(
             parameter.grad = None
         forward.set_checkpointing(before)
         model.train(was_training)
-        give_back_freed_memory(device)
+        give_back_freed_memory()
 
 
 def bytes_of_training(model: PeftModel) -> int:
@@ -401,14 +408,10 @@ def _resident(device: torch.device) -> int:
 def does_not_fit(dataset: Sequence[TokenizedExample], room: float, need: float | None = None) -> str:
     """Return the error text for a run whose longest example does not fit."""
     index = int(example_lengths(dataset).argmax())
-    needed = "" if need is None else f" It needs {_gib(need)}, and {_gib(max(0.0, room))} can be used."
+    needed = "" if need is None else f" It needs {in_gib(need)}, and {in_gib(max(0.0, room))} can be used."
     return (
         f"The memory does not hold a step on the longest example alone: {dataset[index].where}, "
         f"{len(dataset[index].input_ids):,} tokens.{needed} Ways out: a smaller data.max_seq_len with "
         "data.overlong=truncate or drop, engine.gradient_checkpointing=true or auto, base.dtype=bfloat16, a smaller "
         "base, or closing other programs. The last checkpoint is kept."
     )
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

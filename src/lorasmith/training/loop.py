@@ -131,7 +131,7 @@ def train(
             if loss is not None:
                 break
             optimizer.zero_grad(set_to_none=True)
-            give_back_freed_memory(forward.device)
+            give_back_freed_memory()
             largest = max(pack.num_tokens for pack in packs)
             smaller = fit.after_out_of_memory(
                 largest, longest_input(dataset), may_checkpoint and forward.can_checkpoint
