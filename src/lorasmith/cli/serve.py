@@ -110,10 +110,12 @@ def command(
     for model in models.list():
         for line in model.chat.notes:
             note(f"{model.name}: {line}")
+    service = Service(models, settings)
+    service.warm_up()
     log_to_stderr()
     names = ", ".join(model.name for model in models.list())
     run_server(
-        create_app(Service(models, settings), keys=keys),
+        create_app(service, keys=keys),
         settings,
         on_ready=lambda url: console.print(f"Serving {names} at {url}/v1", soft_wrap=True),
     )

@@ -44,6 +44,10 @@ class Delta:
     finish_reason: FinishReason | None
 
 
+class FailedError(LorasmithError):
+    """Told to a row whose answer could not be computed: memory ran out, for one."""
+
+
 Tell = Callable[[Delta | LorasmithError], None]
 
 
@@ -84,15 +88,16 @@ class Row:
 
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next token by ``logits`` [V] and tell what became final with it."""
-        scores = logits if self.num_top is None else logits.clone()
-        if self.guide is not None:
-            self.guide.restrict(logits)
-        token_id = self.sampler.choose(logits[None], [self.dice])[0]
-        self.write(token_id, scores)
+        allowed = logits if self.guide is None else self.guide.restrict(logits)
+        self.write(self.sampler.choose(allowed[None], [self.dice])[0], logits)
 
     def write(self, token_id: int, scores: torch.Tensor) -> None:
-        if self.guide is not None:
-            self.guide.accept(token_id)
+        if self.guide is not None and (fault := self.guide.accept(token_id)):
+            self.is_cancelled = True
+            self.tell(
+                FailedError(f"The answer cannot follow its schema any further: {fault.splitlines()[0]}")
+            )
+            return
         self.token_ids.append(token_id)
         self._untold.append(_weigh(token_id, scores, self.num_top))
         text = self.writer.write(token_id)
@@ -277,10 +282,9 @@ class Batch:
             self.reading.insert(0, moved)
 
     def forget(self, adapter: LoraWeights) -> None:
-        """Drop what is kept of an adapter that is no longer served; rows that it answers still go on."""
+        """Drop what is kept of an adapter that no row has."""
         self.beginnings.forget(adapter)
-        if all(row.adapter is not adapter for row in (*self.writing, *self.reading)):
-            self._adapters.forget(adapter)
+        self._adapters.forget(adapter)
 
     def drop(self) -> list[Row]:
         """Give up all rows and all memory, after a fault."""

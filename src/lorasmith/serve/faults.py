@@ -3,7 +3,8 @@
 from typing import Any
 
 from lorasmith.errors import LorasmithError, OverlongError
-from lorasmith.serve.scheduler import BusyError, FailedError, StoppedError
+from lorasmith.serve.batch import FailedError
+from lorasmith.serve.scheduler import BusyError, StoppedError
 
 
 class RequestError(LorasmithError):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
+# As json.dumps writes by default. Free white space invites small models to write nothing else.
+_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 _tokenizers: weakref.WeakKeyDictionary[Any, "LLTokenizer"] = weakref.WeakKeyDictionary()
 
 
@@ -37,23 +40,23 @@ class Guide:
             from llguidance import LLMatcher
         except ImportError:
             raise MissingExtraError("A JSON schema for answers", "llguidance", "serve") from None
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        self._matcher = LLMatcher(_read_tokenizer(tokenizer, end_token_ids, vocab_size), grammar)
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_LAYOUT)
+        self._matcher = LLMatcher(_read_tokenizer(tokenizer, end_token_ids, vocab_size), grammar, log_level=0)
         if fault := self._matcher.get_error():
             raise SettingsError(
                 f"response_format: the schema cannot be used: {fault.strip().splitlines()[0]}"
             )
-        self._vocab_size = vocab_size
 
-    def restrict(self, logits: torch.Tensor) -> None:
-        """Set the logits [V] of tokens that may not come next to minus infinity."""
+    def restrict(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return ``logits`` [V] with those of tokens that may not come next at minus infinity."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool))
-        logits[: self._vocab_size].masked_fill_(~allowed.to(logits.device), float("-inf"))
+        forbidden = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)] == 0)
+        return logits.masked_fill(forbidden.to(logits.device), float("-inf"))
 
-    def accept(self, token_id: int) -> None:
-        """Note the token that came."""
+    def accept(self, token_id: int) -> str | None:
+        """Note the token that came; say why the schema can be held to no longer, if so."""
         self._matcher.consume_token(token_id)
+        return self._matcher.get_error() or None
 
 
 def _read_tokenizer(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from lorasmith.errors import LorasmithError
 from lorasmith.serve.adapters import LoraWeights
-from lorasmith.serve.batch import Batch, Row
+from lorasmith.serve.batch import Batch, FailedError, Row
 
 logger = logging.getLogger("lorasmith.serve")
 
@@ -32,10 +32,6 @@ class BusyError(LorasmithError):
 
 class StoppedError(LorasmithError):
     """Raised when the server is going down, or the thread that owns the model has died."""
-
-
-class FailedError(LorasmithError):
-    """Told to a row whose answer could not be computed: memory ran out, for one."""
 
 
 class Scheduler:
@@ -149,14 +145,16 @@ class Scheduler:
             self._note(row)
 
     def _forget(self) -> None:
+        """Forget the adapters that no row needs any more."""
         with self._wake:
-            forgotten, self._forgotten = self._forgotten, []
-        running = {row.adapter for row in (*self._batch.writing, *self._batch.reading)}
-        for adapter in forgotten:
+            needed = {row.adapter for row in (*self._batch.writing, *self._batch.reading)} | set(
+                self._waiting
+            )
+            free = [adapter for adapter in self._forgotten if adapter not in needed]
+            self._forgotten = [adapter for adapter in self._forgotten if adapter in needed]
+        for adapter in free:
             self._batch.forget(adapter)
             self._last_served.pop(adapter, None)
-            if adapter in running:
-                continue
 
     def _drop_cancelled(self) -> None:
         with self._wake:

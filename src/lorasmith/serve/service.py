@@ -1,6 +1,7 @@
 """Requests -> rows -> the parts of their answers: what stands between the routes and the thread with the model."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from lorasmith.data.example import Message
 from lorasmith.errors import LorasmithError, OverlongError, RecipeError
 from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.serve.adapters import MAX_SIDE_BY_SIDE
 from lorasmith.serve.batch import Batch, Delta, Row
 from lorasmith.serve.faults import RequestError
 from lorasmith.serve.guide import Guide
@@ -105,23 +107,11 @@ class Service:
         """Return the ids of a conversation as the model's own recipe renders it.
 
         Raises:
-            RequestError: another system prompt than the trained one, without leave. RecipeError, OverlongError.
+            RecipeError: the recipe cannot render it, or it has another system prompt than the trained one and no
+                leave.
         """
         allowed = override_system or self.settings.override_system
-        trained = model.chat.recipe.system
-        if (
-            not allowed
-            and messages
-            and trained not in (None, messages[0].content)
-            and messages[0].role == "system"
-        ):
-            raise RequestError(
-                f"{model.name} was trained with the system prompt {trained!r} and answers as trained only under it. "
-                'Leave the system message out, or say "override_system": true in the request.',
-                param="messages",
-                code="other_system_prompt",
-            )
-        return model.chat.encode_prompt(messages, override_system=True)
+        return model.chat.encode_prompt(messages, override_system=allowed)
 
     def encode_prompts(self, model: ServedModel, asked: CompletionRequest) -> list[list[int]]:
         """Return the ids of each prompt: a question in the model's recipe, or the text as it stands if ``raw``."""
@@ -197,6 +187,21 @@ class Service:
             end_token_ids=model.chat.stop_token_ids,
             vocab_size=self._vocab_size,
         )
+
+    def warm_up(self) -> None:
+        """Answer a word with each model, so that no client waits for what the first forward needs."""
+        done = threading.Semaphore(0)
+        models = self.models.list()[-MAX_SIDE_BY_SIDE:]
+        sampling = SamplingSettings(max_tokens=2)
+        rows = []
+        for model in models:
+            prompt = model.chat.encode_prompt("Hi")
+            writer = model.chat.new_writer(prompt, sampling)
+            rows.append(Row(prompt, model.adapter, sampling, writer, tell=lambda part: done.release()))
+        self.scheduler.submit(rows)
+        for row in rows:
+            while not row.is_over and self.scheduler.is_alive:
+                done.acquire(timeout=1)
 
     def cancel(self, answering: Answering) -> None:
         """Stop what is not finished of a request."""
