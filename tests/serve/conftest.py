@@ -81,11 +81,13 @@ def serving(service, **options):
 
 def open_service(tiny_base_folder, adapters, **settings):
     torch.set_num_threads(1)
+    limits = ServeSettings(**settings)
     models = open_models(
         list(adapters.items()),
+        max_models=limits.max_models,
         base=str(tiny_base_folder),
         base_name="tiny",
         device="cpu",
         dtype="float32",
     )
-    return Service(models, ServeSettings(**settings))
+    return Service(models, limits)

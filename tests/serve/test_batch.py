@@ -17,7 +17,6 @@ QUESTIONS = (
     "When is payday?",
     "Hi",
     "Where is the office? " * 6,
-    "How do I get my tokens?",
     "You are a helpful assistant. " * 3,
     "Below is an instruction",
 )
@@ -25,7 +24,6 @@ SETTINGS = (
     SamplingSettings(max_tokens=20),
     SamplingSettings(max_tokens=12, stop=("A", "s", "u", "}|")),
     SamplingSettings(max_tokens=9, temperature=1.0, top_p=0.9, seed=5),
-    SamplingSettings(max_tokens=30, temperature=0.7, seed=11),
 )
 
 
@@ -56,6 +54,16 @@ def run(batch, rows):
     return sizes
 
 
+_alone = {}
+
+
+def answer_alone(chats, name, question, sampling):
+    """PEFT takes its time, and both runs of a test ask the same."""
+    if (name, question, sampling) not in _alone:
+        _alone[name, question, sampling] = chats[name].ask(question, sampling=sampling)
+    return _alone[name, question, sampling]
+
+
 @pytest.fixture(scope="module")
 def models(tiny_base_folder, adapters):
     torch.set_num_threads(1)
@@ -83,7 +91,7 @@ def test_a_mixed_batch_answers_as_each_alone(models, lone_chats, kept_tokens):
     sizes = run(batch, rows)
     assert max(sizes) == 5
     for (model, question, sampling), row, told in zip(asked, rows, parts, strict=True):
-        alone = lone_chats[model.name].ask(question, sampling=sampling)
+        alone = answer_alone(lone_chats, model.name, question, sampling)
         assert tuple(row.writer.token_ids) == alone.token_ids, (model.name, question, sampling)
         assert "".join(part.text for part in told) == alone.text
         assert [token.id for part in told for token in part.tokens] == list(alone.token_ids)

@@ -53,7 +53,10 @@ def read_lora(model: PreTrainedModel, folder: Path) -> LoraWeights:
     config = LoraConfig(**{key: value for key, value in values.items() if key in _MEANING})
     _check_kind(values, folder)
     weights = read_adapter_weights(folder)
-    modules = dict(model.named_modules())
+    modules = {
+        path: module.base if isinstance(module, _AdaptedLinear) else module
+        for path, module in model.named_modules()
+    }
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         found = _NAME.fullmatch(key)
@@ -100,8 +103,6 @@ def _check_kind(values: dict, folder: Path) -> None:
     ):
         if values.get(key):
             raise AdapterError(_refusal(folder, what))
-    if values.get("bias", "none") != "none":
-        raise AdapterError(_refusal(folder, "it has biases"))
 
 
 def _refusal(folder: Path, what: str) -> str:
@@ -112,10 +113,16 @@ def _refusal(folder: Path, what: str) -> str:
 
 
 class AdaptedRows:
-    """Adapters side by side in a model's linear layers, and which row takes which. Used by one thread."""
+    """Adapters side by side in a model's linear layers, and which row takes which. Used by one thread.
+
+    A model has one of these at a time: what another one put beside its layers is taken away.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        for path, module in list(model.named_modules()):
+            if isinstance(module, _AdaptedLinear):
+                self._replace(path, module.base)
         self._layers: dict[str, _AdaptedLinear] = {}
         self._starts: dict[LoraWeights, int] = {}  # where each adapter's ranks begin, in the block's order
         self.mask: torch.Tensor | None = None  # [B, 1, sum of R]; None: every row takes all of ``ranks``
@@ -153,10 +160,13 @@ class AdaptedRows:
             layer.lay(path, adapters)
 
     def _wrap(self, path: str) -> "_AdaptedLinear":
-        parent, _, name = path.rpartition(".")
         layer = _AdaptedLinear(self._model.get_submodule(path), self)
-        setattr(self._model.get_submodule(parent), name, layer)
+        self._replace(path, layer)
         return layer
+
+    def _replace(self, path: str, layer: torch.nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, layer)
 
     def forget(self, adapter: LoraWeights) -> None:
         """Drop an adapter's copy; it comes back by itself if a row wants it."""

@@ -95,6 +95,7 @@ class SlotCache(Cache):
         self._slots = [_SlotLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._slots))
 
+    @torch.inference_mode()
     def make_room(self, num_rows: int, num_columns: int) -> None:
         """Make room for so many rows of so many tokens, the rows there are among them."""
         num_columns = -(-(num_columns + 1) // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
@@ -116,6 +117,7 @@ class SlotCache(Cache):
             layer.keys = layer.values = None
             layer.is_initialized = False
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of one slot into another."""
         for layer in self._slots:
@@ -123,6 +125,7 @@ class SlotCache(Cache):
                 if block is not None:
                     block[target, :, :num_tokens] = block[source, :, :num_tokens]
 
+    @torch.inference_mode()
     def take(self, slot: int, num_tokens: int) -> Kept:
         """Return a copy of a slot's first tokens."""
         return [
@@ -132,6 +135,7 @@ class SlotCache(Cache):
             for layer in self._slots
         ]
 
+    @torch.inference_mode()
     def put(self, slot: int, kept: Kept, num_tokens: int) -> None:
         """Write the first tokens of what ``take`` returned into a slot."""
         for layer, pair in zip(self._slots, kept, strict=True):

@@ -1,0 +1,144 @@
+"""The command itself: it starts, answers, lets answers under way finish when told to stop, and says what is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import openai
+import pytest
+
+from lorasmith.cli import evaluate
+from lorasmith.cli.serve import command
+from lorasmith.errors import SettingsError
+from lorasmith.serve.keys import Keys, read_keys
+from serve.conftest import open_service, serving
+
+QUESTION = [{"role": "user", "content": "What is 1 plus 1?"}]
+
+
+def test_sigterm_lets_an_answer_finish(trained_run, tiny_base_folder):
+    words = ["serve", "--run", str(trained_run), "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    program = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", *words]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("Serving faq, "), process.stderr.read()
+            url = line.split()[-1]
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+                # Forbidden to say its end token, the model has to go on to the last token allowed.
+                format = {"type": "json_schema", "json_schema": {"name": "long", "schema": LONG}}
+                stream = client.chat.completions.create(
+                    model="faq", messages=QUESTION, max_tokens=200, stream=True, response_format=format
+                )
+                next(stream)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+                assert process.poll() is None
+                chunks = list(stream)
+                assert chunks[-1].choices[0].finish_reason == "length"
+        finally:
+            process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert log.count('"event"') == 1, log
+    (line,) = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert line["completion_tokens"] == 200
+    assert "plus" not in log  # contents are not logged
+
+
+LONG = {"type": "array", "items": {"type": "integer"}, "minItems": 300}
+
+
+def test_a_client_that_leaves_is_not_answered_further(tiny_base_folder):
+    service = open_service(tiny_base_folder, {})
+    service.models.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    with serving(service) as url:
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": 400}
+        long = {"response_format": {"type": "json_schema", "json_schema": {"name": "l", "schema": LONG}}}
+        with httpx2.stream(
+            "POST", f"{url}/v1/chat/completions", json={**body, **long, "stream": True}
+        ) as reply:
+            next(reply.iter_lines())
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/v1/chat/completions", json={**body, **long}, timeout=0.5)
+        end = time.monotonic() + 3  # 400 tokens would take four seconds and more
+        while service.scheduler.num_running and time.monotonic() < end:
+            time.sleep(0.01)
+        page = httpx2.get(f"{url}/metrics").text
+    assert "lorasmith_cancelled_total 2.0" in page
+    assert page.count('status="499"} 1.0') + page.count('status="499"} 2.0') == 1
+
+
+def test_a_full_server_answers_429_with_a_time(tiny_base_folder):
+    service = open_service(tiny_base_folder, {}, max_rows=1, max_waiting=1)
+    go = threading.Event()
+    service.models.model.register_forward_pre_hook(lambda *_: go.wait(20) and None)
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2}
+    with serving(service) as url:
+        replies = []
+        threads = [
+            threading.Thread(
+                target=lambda: replies.append(
+                    httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+                )
+            )
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+            while not (
+                service.scheduler.num_running == 1 and service.scheduler.num_waiting == threads.index(thread)
+            ):
+                time.sleep(0.005)
+        refused = httpx2.post(f"{url}/v1/chat/completions", json=body)
+        go.set()
+        for thread in threads:
+            thread.join()
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert [reply.status_code for reply in replies] == [200, 200]
+
+
+def test_evaluate_works_against_it(tiny_base_folder, trained_run, tmp_path, capsys):
+    rows = [{"instruction": f"What is {i} plus {i}?", "output": f"It is {2 * i}."} for i in range(6)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with serving(open_service(tiny_base_folder, {"faq": trained_run})) as url:
+        evaluate.command(endpoint=f"{url}/v1", data=tmp_path / "rows.json", max_tokens=8)
+    assert "faq at http://127.0.0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 99999}, "--port 99999: Input should be less than or equal to 65535"),
+        ({"host": "0.0.0.0"}, "other machines reach this server, and it has no API keys"),
+        ({"max_rows": 0, "chunk_tokens": 1}, "--max-rows 0: .*\n.*--chunk-tokens 1: "),
+        ({}, "Nothing to serve"),
+    ],
+)
+def test_wrong_options_are_said(options, message, monkeypatch):
+    monkeypatch.delenv("LORASMITH_API_KEYS", raising=False)
+    with pytest.raises(SettingsError, match=message):
+        command(**options)
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\n" + "a" * 16 + "\n\n")
+    keys = read_keys(file, {"LORASMITH_API_KEYS": "b" * 16 + ", " + "c" * 16})
+    assert [keys.admit(f"Bearer {letter * 16}") for letter in "abcd"] == [True, True, True, False]
+    assert repr(keys) == "Keys(3 of them)"
+    assert not read_keys(None, {})
+    assert Keys().admit(None)
+    file.write_text("# none\n")
+    with pytest.raises(SettingsError, match=r"holds none. Write one a line"):
+        read_keys(file, {})
+    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+        read_keys(tmp_path / "none", {})
+    with pytest.raises(SettingsError, match="shorter than 16 characters") as short:
+        Keys(["hush"])
+    assert "hush" not in str(short.value)
