@@ -123,3 +123,7 @@ def _print_error(text: str) -> None:
     from lorasmith.cli.console import error_console
 
     error_console.print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
+
+
+if __name__ == "__main__":  # python -m lorasmith.cli.main, as torchrun and rented machines start it
+    main()
