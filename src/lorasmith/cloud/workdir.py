@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from packaging.requirements import Requirement
 
-import lorasmith
 from lorasmith.errors import SettingsError
 
 # Settings that may name a file or folder of this machine.
@@ -53,7 +52,7 @@ def fill_workdir(folder: Path, settings: Mapping[str, Mapping[str, Any]], extras
         )
     text = yaml.safe_dump({section: values for section, values in kept.items() if values}, sort_keys=False)
     (folder / "run.yaml").write_text(text, encoding="utf-8")
-    package = Path(lorasmith.__file__).parent
+    package = Path(__file__).resolve().parents[1]
     shutil.copytree(package, folder / "lorasmith", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements(extras)))
     (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in constraints()))
