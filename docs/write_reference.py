@@ -3,11 +3,13 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
 from lorasmith.cli import main
-from lorasmith.cli.run_file import RunFile
+from lorasmith.cli.run_file import RunFile, section_fields
+from lorasmith.model.method_settings import METHODS
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/write_reference.py (make docs); do not edit. -->\n\n"
@@ -34,14 +36,27 @@ def settings() -> str:
     """Return every setting of a run file with its default and meaning."""
     parts = [NOTE + "# Settings of a run file\n"]
     parts.append("Override one with `section.key=value` on the command line or `LORASMITH_SECTION__KEY`.\n")
-    for section, holder in RunFile.model_fields.items():
-        parts.append(f"## {section}\n\n| setting | default | meaning |\n| --- | --- | --- |")
-        for key, field in holder.annotation.model_fields.items():  # type: ignore[union-attr]
-            default = "needed" if field.is_required() else f"`{field.default}`"
-            meaning = (field.description or "").replace("|", "\\|")
-            parts.append(f"| `{key}` | {default} | {meaning} |")
-        parts.append("")
+    for section in RunFile.model_fields:
+        parts.append(f"## {section}\n")
+        if section == "method":
+            parts += [_method_table(name, kind) for name, kind in METHODS.items()]
+        else:
+            parts.append(_table(section_fields(section)))
     return "\n".join(parts)
+
+
+def _method_table(name: str, kind: Any) -> str:
+    fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
+    return f"### name: {name}\n\n{kind.__doc__.strip()}\n\n{_table(fields) if fields else ''}"
+
+
+def _table(fields: dict[str, Any]) -> str:
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for key, field in fields.items():
+        default = "needed" if field.is_required() else f"`{field.default}`"
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{key}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
 
 
 def run(check: bool) -> int:

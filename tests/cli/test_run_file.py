@@ -5,6 +5,7 @@ import pytest
 from lorasmith.cli.init import render_run_file
 from lorasmith.cli.run_file import RunFile, load_run_file, setting_names
 from lorasmith.errors import SettingsError
+from lorasmith.model.method_settings import LoraSettings
 
 
 @pytest.fixture
@@ -151,9 +152,36 @@ def test_every_setting_is_described():
     assert all(setting_names().values())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["method.name=prompt", "method.r=8"],
+            r"method.r is no setting of prompt, which has num_.*to lora, rslora",
+        ),
+        (["method.svd_iterations=4"], r"no setting of lora, which has .*; it belongs to pissa"),
+        (["method.name=full", "method.r=8"], r"no setting of full, which has no settings at all"),
+        (["method.name=lorra"], r"'lorra', and there is no such method; did you mean lora\?"),
+        (["method.name=dora", "method.rank=8"], r"there is no setting method.rank"),
+    ],
+)
+def test_a_setting_of_another_method_is_told_whose_it_is(words, told):
+    with pytest.raises(SettingsError, match=told):
+        load_run_file(None, ["data.train=x.json", *words], {})
+
+
+def test_a_method_without_a_name_is_lora():
+    settings = load_run_file(None, ["data.train=x.json", "method.r=8"], {})
+    assert settings.method == LoraSettings(r=8)
+    assert RunFile.model_validate(settings.model_dump(mode="json")) == settings
+
+
 def test_the_run_file_of_init_shows_every_setting_and_can_be_read(tmp_path):
     text = render_run_file({"data.train": "x.json", "training.epochs": 4})
+    lora = {f"method.{key}" for key in LoraSettings.model_fields}
     for name in setting_names():
+        if name.startswith("method.") and name not in lora:
+            continue  # beside LoRA's they would be errors
         assert f"  {name.partition('.')[2]}: " in text.replace("  # ", "  ")
     file = tmp_path / "run.yaml"
     file.write_text(text)

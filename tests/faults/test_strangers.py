@@ -89,8 +89,8 @@ STRANGE = {
     "pickle .pt": (pickle_only("adapter.pt"), r"holds adapter\.pt, a Python pickle"),
     "weights are a link": (link_out(WEIGHTS), "is a link to .*outside its folder"),
     "config is a link": (link_out("adapter_config.json"), "is a link to .*outside its folder"),
-    "another method": (set_config(peft_type="IA3"), "is of the method IA3.*LoRA adapters only"),
-    "prompt tuning": (set_config(peft_type="PROMPT_TUNING"), "is of the method PROMPT_TUNING"),
+    "another method": (set_config(peft_type="LOHA"), "is of the method LOHA.*lorasmith opens LORA"),
+    "prompt tuning": (set_config(peft_type="PROMPT_TUNING"), "PROMPT_TUNING|does not know"),
     "another task": (set_config(task_type="SEQ_CLS"), "is for the task 'SEQ_CLS'"),
     "remote code": (
         set_config(auto_mapping={"base_model_class": "X", "parent_library": "os"}),

@@ -4,6 +4,7 @@ import torch
 
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import BaseRef
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.run_record import RunRecord
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.fit import Fit
@@ -27,8 +28,8 @@ def recorded():
 def test_the_number_format_and_threads_of_the_first_start_stay():
     threads, then = torch.get_num_threads(), recorded()
     try:
-        assert _choose_device(then, BaseSettings()).dtype is torch.bfloat16
-        assert _choose_device(then, BaseSettings(dtype="float32")).dtype is torch.float32
+        assert _choose_device(then, BaseSettings(), LoraSettings()).dtype is torch.bfloat16
+        assert _choose_device(then, BaseSettings(dtype="float32"), LoraSettings()).dtype is torch.float32
         assert _set_threads(then, EngineSettings(), lambda line: None) == 1
         assert _set_threads(then, EngineSettings(threads=2), lambda line: None) == 2
     finally:

@@ -25,6 +25,8 @@ EXTRAS = {
     "trackio": "trackio curves",
     "wandb": "Weights & Biases curves",
     "mlflow": "MLflow curves",
+    "quantized": "base.quantization",
+    "search": "lorasmith compare --search",
     "lm-eval": "lorasmith evaluate --tasks",
     "serve": "lorasmith serve",
 }

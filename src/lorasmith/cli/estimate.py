@@ -103,7 +103,12 @@ def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dic
         dtype = gpu.best_dtype if run_file.base.dtype == "auto" else run_file.base.dtype
         if dtype not in rehearsals:
             sketch = build_without_weights(
-                base.folder, run_file.method, dtype, seed=run_file.training.seed, trust_remote_code=trusts
+                base.folder,
+                run_file.method,
+                dtype,
+                seed=training.seed,
+                num_steps=training.num_steps(len(dataset)),
+                trust_remote_code=trusts,
             )
             rehearsals[dtype] = Rehearsal(sketch, run_file.engine)
         checkpointing = run_file.engine.gradient_checkpointing

@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from lorasmith.cli.console import console
-from lorasmith.cli.run_file import RunFile, make_run_name, read_yaml
+from lorasmith.cli.run_file import RunFile, make_run_name, read_yaml, section_fields
 from lorasmith.errors import RunError
+from lorasmith.model.method_settings import LoraSettings
 
 # What a first run file sets; everything else stands in it as a comment with its default.
 _CHOSEN: dict[str, Any] = {
@@ -75,13 +76,13 @@ def render_run_file(chosen: dict[str, Any]) -> str:
         "# A run file of lorasmith. Every setting is here; those that are commented out have the default shown.",
         "# Override one for a single run: lorasmith train run.yaml training.epochs=5",
     ]
-    for section, holder in RunFile.model_fields.items():
-        settings = holder.annotation
-        assert settings is not None
+    for section in RunFile.model_fields:
+        # Of the methods LoRA's settings: those of the others are errors beside it.
+        fields = LoraSettings.model_fields if section == "method" else section_fields(section)
         lines += ["", f"{section}:"]
-        for key, field in settings.model_fields.items():  # type: ignore[attr-defined]
+        for key, field in sorted(fields.items(), key=lambda item: item[0] != "name"):
             name = f"{section}.{key}"
-            lines += [f"  # {line}" for line in textwrap.wrap(field.description, 100)]
+            lines += [f"  # {line}" for line in textwrap.wrap(field.description or "", 100)]
             value = chosen.get(name, None if field.is_required() else field.default)
             lines.append(f"  {'' if name in chosen else '# '}{key}: {_as_yaml(value)}")
     return "\n".join(lines) + "\n"

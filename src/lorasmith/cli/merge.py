@@ -91,5 +91,5 @@ def print_proof(proof: "MergeProof") -> None:
         )
     console.print(
         f"[green]Proven equal[/] in {proof.proof_seconds:.1f} s; folded in {proof.fold_seconds:.1f} s ({proof.way}). "
-        f"Norm of the update: {proof.update_norm:.3g}"
+        + ("" if proof.update_norm is None else f"Norm of the update: {proof.update_norm:.3g}")
     )

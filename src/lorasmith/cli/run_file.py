@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
 from lorasmith.evaluation.settings import ReportSettings
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.method_settings import METHODS, LoraSettings, MethodSettings
+from lorasmith.model.settings import BaseSettings
 from lorasmith.training.settings import OutputSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -39,11 +41,17 @@ class RunFile(BaseModel):
     base: BaseSettings = BaseSettings()
     data: DataSettings
     prompt: PromptSettings = PromptSettings()
-    method: LoraSettings = LoraSettings()
+    method: MethodSettings = LoraSettings()
     engine: EngineSettings = EngineSettings()
     training: TrainingSettings = TrainingSettings()
     run: OutputSettings = OutputSettings()
     report: ReportSettings = ReportSettings()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_lora(cls, section: Any) -> Any:
+        """A section without a name is LoRA's: run files are older than the other methods."""
+        return {"name": "lora", **section} if isinstance(section, dict) else section
 
 
 def load_run_file(
@@ -74,7 +82,8 @@ def load_run_file(
     try:
         run_file = RunFile.model_validate(values)
     except ValidationError as error:
-        faults += [_describe(fault, sources, path) for fault in error.errors()]
+        method = values.get("method", {}).get("name", "lora")
+        faults += [_describe(fault, sources, path, method) for fault in error.errors()]
         run_file = None
     if faults or run_file is None:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -142,9 +151,24 @@ def setting_names() -> dict[str, str]:
     """Return every section.key with its description, in the order of the run file."""
     return {
         f"{section}.{key}": field.description or ""
-        for section, holder in RunFile.model_fields.items()
-        for key, field in holder.annotation.model_fields.items()  # type: ignore[union-attr]
+        for section in RunFile.model_fields
+        for key, field in section_fields(section).items()
     }
+
+
+def section_fields(section: str) -> dict[str, FieldInfo]:
+    """Return the settings of a section; of ``method`` those of all methods, LoRA's where they share a name."""
+    fields: dict[str, FieldInfo] = {}
+    for kind in _section_kinds(section):
+        fields |= {key: field for key, field in kind.model_fields.items() if key not in fields}
+    if "name" in fields and section == "method":
+        fields = {"name": fields.pop("name"), **fields}
+    return fields
+
+
+def _section_kinds(section: str) -> tuple[type[BaseModel], ...]:
+    annotation: Any = RunFile.model_fields[section].annotation
+    return tuple(METHODS.values()) if section == "method" else (annotation,)
 
 
 def _take_file(
@@ -225,8 +249,7 @@ def _take(
 def _parse(name: str, text: str) -> Any:
     """Read one value as YAML would: 3 is a number, true a truth value, [a, b] a list; a text stays as it is."""
     section, _, key = name.partition(".")
-    holder = RunFile.model_fields[section].annotation if section in RunFile.model_fields else None
-    field = holder.model_fields.get(key) if holder else None  # type: ignore[attr-defined]
+    field = section_fields(section).get(key) if section in RunFile.model_fields else None
     if field is not None and field.annotation in (str, str | None):
         return None if text == "null" and field.annotation is not str else text
     try:
@@ -235,20 +258,36 @@ def _parse(name: str, text: str) -> Any:
         return text
 
 
-def _describe(fault: Any, sources: Mapping[str, str], path: str | Path | None) -> str:
+def _describe(fault: Any, sources: Mapping[str, str], path: str | Path | None, method: str) -> str:
     """Return one pydantic fault in the words of a run file."""
-    name = ".".join(str(part) for part in fault["loc"][:2])
+    place = [str(part) for part in fault["loc"]]
+    if place[0] == "method" and len(place) > 1:
+        del place[1]  # pydantic's name of the method's class stands between section and key
+    name = ".".join(place[:2])
     source = sources.get(name, str(path) if path is not None else "command line")
     if fault["type"] == "missing":
         way_out = "name your data: data.train=FILE, or --data FILE" if name.startswith("data") else "set it"
         return f"{name if '.' in name else name + '.train'} is missing; {way_out}"
+    if fault["type"] == "union_tag_invalid":
+        source, near = sources.get("method.name", source), difflib.get_close_matches(method, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(METHODS)}"
+        return f"{source}: method.name is {_show(method)}, and there is no such method; {hint}"
     if fault["type"] == "extra_forbidden":
+        key = name.partition(".")[2]
+        if name.startswith("method.") and (owners := _owners_of(key)):
+            own = ", ".join(sorted(METHODS[method].model_fields.keys() - {"name"})) or "no settings at all"
+            return f"{source}: {name} is no setting of {method}, which has {own}; it belongs to {', '.join(owners)}"
         return f"{source}: {_describe_unknown(name, is_section='.' not in name)}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if name not in sources:  # a rule over several settings of a section
         return f"{name}: {message}"
     return f"{source}: {name} is {_show(fault['input'])}: {message}"
+
+
+def _owners_of(key: str) -> list[str]:
+    """Return the methods that have the setting ``key``."""
+    return [name for name, kind in METHODS.items() if key in kind.model_fields]
 
 
 def _describe_unknown(name: str, *, is_section: bool) -> str:

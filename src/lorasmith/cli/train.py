@@ -16,7 +16,14 @@ from rich.table import Table
 
 from lorasmith.cli.console import console
 from lorasmith.cli.report import check_held_out, report_after_training
-from lorasmith.cli.run_file import RunFile, load_run_file, make_run_name, prepare, setting_names
+from lorasmith.cli.run_file import (
+    RunFile,
+    load_run_file,
+    make_run_name,
+    prepare,
+    section_fields,
+    setting_names,
+)
 from lorasmith.data.settings import BadRowPolicy, OverlongPolicy
 from lorasmith.errors import RunError, SettingsError
 
@@ -287,7 +294,7 @@ def _print_settings() -> None:
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for name, description in setting_names().items():
         section, _, key = name.partition(".")
-        field = RunFile.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+        field = section_fields(section)[key]
         default = "(needed)" if field.is_required() else str(field.default)
         table.add_row(f"[bold]{name}[/]", escape(default), escape(description))
     console.print(table)

@@ -32,10 +32,11 @@ from lorasmith.engine.frozen import (
     num_bytes,
     only_layers,
 )
-from lorasmith.engine.linear import choose_product_dtype, restore_lora, speed_up_lora
+from lorasmith.engine.linear import choose_product_dtype, count_unfused, restore_lora, speed_up_lora
 from lorasmith.engine.loss import summed_cross_entropy
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
+from lorasmith.model.methods import num_virtual_tokens
 from lorasmith.packing.cost import PackCost
 from lorasmith.packing.trie import Pack, pack_examples
 
@@ -50,7 +51,10 @@ class PackForward:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config = base.config.get_text_config()
         notes: list[str] = []
+        self._num_virtual = num_virtual_tokens(model)
         reason = why_not_packed(base)
+        if self._num_virtual:
+            reason = f"the method's {self._num_virtual} virtual tokens stand before every example"
         device = base.get_output_embeddings().weight.device
         self._backend: Backend = choose_backend(base, device)
         if settings.attention not in ("auto", "padded"):
@@ -79,10 +83,11 @@ class PackForward:
         head = base.get_output_embeddings()
         own_head = [name for name in _LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]
         plain_head = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-        self._chunked = settings.chunked_loss and plain_head and not own_head
+        self._chunked = settings.chunked_loss and plain_head and not own_head and not self._num_virtual
         if settings.chunked_loss and not self._chunked:
+            why = own_head[0] if own_head else "the head is trained"
             notes.append(
-                f"logits by the model's own head: {own_head[0] if own_head else 'the head is trained'}"
+                f"logits by the model's own head: {'the virtual tokens' if self._num_virtual else why}"
             )
         self._head = head
         self.cost = _count_cost(self._decoder, head, config)
@@ -97,6 +102,10 @@ class PackForward:
         restore_layers(self._decoder)
         if settings.fused_lora:
             speed_up_lora(base, self._product_dtype)
+            if num_unfused := count_unfused(base):
+                notes.append(
+                    f"{num_unfused} adapted layers are computed by PEFT: the method is not plain LoRA"
+                )
         self._frozen: dict[str, FrozenStates] = {}
         self._cut = 0
         if settings.reuse_frozen_layers and self.packed and dropout == 0.0:
@@ -127,7 +136,9 @@ class PackForward:
     @property
     def can_checkpoint(self) -> bool:
         """Whether the layers of this model can be told to recompute their activations."""
-        return bool(self._base.supports_gradient_checkpointing)
+        # transformers drops the keys and values that prefix tuning brings when it recomputes a layer.
+        brings_keys = isinstance(self._model, PeftModel) and "PREFIX" in str(self._model.peft_type)
+        return bool(self._base.supports_gradient_checkpointing) and not brings_keys
 
     @property
     def checkpointing(self) -> bool:
@@ -213,7 +224,10 @@ class PackForward:
         if self.packed:
             logits = self._run(self._base, pack, name, logits_to_keep=self._learnt_rows(pack)).logits[0]
         else:
-            logits = self._run(self._base, pack, name).logits.flatten(0, 1)[self._learnt_rows(pack)]
+            logits = self._run(self._model if self._num_virtual else self._base, pack, name).logits
+            longest = max(segment.stop - segment.start for segment in pack.segments)
+            logits = logits[:, logits.shape[1] - longest :]  # without those of virtual tokens
+            logits = logits.flatten(0, 1)[self._learnt_rows(pack)]
         losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         return (losses * weights).sum()
 

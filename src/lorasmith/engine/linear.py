@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorasmith.model.device import measure_cpu
@@ -51,6 +52,14 @@ def speed_up_lora(model: nn.Module, product_dtype: torch.dtype | None = None) ->
             _SharedInput([child], product_dtype)
             count += 1
     return count
+
+
+def count_unfused(model: nn.Module) -> int:
+    """Return how many adapted layers are left to PEFT's own forward: all but plain LoRA's."""
+    return sum(
+        isinstance(module, BaseTunerLayer) and not (_is_known(module) and not module.lora_variant)
+        for module in model.modules()
+    )
 
 
 def choose_product_dtype(device: torch.device, dtype: torch.dtype) -> Literal["float32", "same"]:

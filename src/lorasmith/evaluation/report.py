@@ -199,7 +199,10 @@ def make_report(
     )
     with tuned.chat.answering() as model:
         sizes = [(p.numel(), "lora_" in name) for name, p in model.named_parameters()]
-    num_parameters = (sum(n for n, new in sizes if new), sum(n for n, new in sizes if not new))
+    num_parameters = (  # runs that are older do not say it themselves; they are LoRA's
+        record.result.get("trainable_numbers", sum(n for n, new in sizes if new)),
+        record.result.get("frozen_numbers", sum(n for n, new in sizes if not new)),
+    )
     if merged is not None and held_out is not None:
         del tuned, untuned, model  # a large model fits into memory once
         merged_chat = KeptChat(open_chat(merged, device=device, tell=tell))

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from lorasmith.errors import MergeError
 from lorasmith.model.adapter import load_adapter, read_adapter_config, read_adapter_weights
+from lorasmith.model.adapter_kinds import VIRTUAL_TOKENS
 from lorasmith.model.base import ResolvedBase, load_base, weight_files
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.quiet import quiet_loading
@@ -78,6 +79,11 @@ def fold(
         raise MergeError(
             f"The base {base.ref.id} is quantised on disk: a merge into it would round the adapter away. "
             "Pass the unquantised model that it was made from as the base."
+        )
+    if (kind := read_adapter_config(adapter)["peft_type"]) in VIRTUAL_TOKENS:
+        raise MergeError(
+            f"The adapter {adapter} is of the kind {kind}: it stands before the text as virtual tokens and changes no "
+            "weight, so there is nothing to fold in. Use it beside its base, or train with method.name=lora."
         )
     updates = _plan_updates(base, adapter, config, trust_remote_code)
     if updates is None:
@@ -264,11 +270,6 @@ def _merge_in_memory(
     )
     adapted = load_adapter(model, adapter)
     kind = read_adapter_config(adapter)["peft_type"]
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise MergeError(
-            f"The adapter {adapter} is a {kind} adapter: it adds to the input, not to the weights, so it "
-            "cannot be merged. Use it beside the base, or train a LoRA adapter."
-        )
     with quiet_loading():
         try:
             merged: Any = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]

@@ -78,7 +78,11 @@ def merge(
     """
     out = Path(out_dir).absolute()
     source = find_adapted(Path(run_dir), base=base, recipe=recipe, tell=tell)
-    assert source.adapter is not None, "find_adapted finds no whole models"
+    if source.adapter is None:
+        raise MergeError(
+            f"{run_dir} trained every weight, so there is nothing to merge: {source.base.folder} is the whole model, "
+            "with its tokenizer. Copy that folder."
+        )
     for note in source.notes:
         tell(note)
     _check_place(out, source, Path(run_dir), overwrite)

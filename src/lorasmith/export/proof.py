@@ -57,7 +57,7 @@ class MergeProof:
     num_same_answers: int
     num_same_prompts: int  # for which the saved chat template alone gives the trained prompt
     tolerance: Tolerance
-    update_norm: float
+    update_norm: float | None  # of methods without B A: not known
     fold_seconds: float
     proof_seconds: float
 

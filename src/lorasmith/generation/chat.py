@@ -20,7 +20,8 @@ from lorasmith.generation.decode import KeptTurn, NextToken, decode, decode_many
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import Answer, AnswerWriter, FinishReason, Piece
-from lorasmith.model.device import choose_device
+from lorasmith.model.base import reopen_base
+from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.found import FoundModel, Tell, find_model, find_run, say_nothing
 
 Question = str | Sequence[Message]
@@ -86,7 +87,19 @@ class Chat:
         return cls.open(find_run(Path(run_dir), base=base, tell=tell), device=device, dtype=dtype)
 
     def base(self) -> "Chat":
-        """Return a Chat over the same weights with the adapter off. Both may be asked in turn."""
+        """Return a Chat over the same weights with the adapter off. Both may be asked in turn.
+
+        Of a model whose own weights were trained, it is what that began as, loaded beside it.
+        """
+        if self.found is not None and self.found.tuned_from is not None:
+            origin = replace(
+                self.found, base=reopen_base(self.found.tuned_from), tuned_from=None, record=None
+            )
+            model = self._next_token.model
+            choice = DeviceChoice(model.device, model.dtype, "as the tuned model")
+            untuned = origin.load(choice)
+            name = f"{self.name} (untuned)"
+            return Chat(untuned, self.tokenizer, self.recipe, name=name, found=origin)
         if not isinstance(self._next_token.model, PeftModel):
             raise AdapterError(
                 f"{self.name or 'This model'} has no adapter to switch off: it is a whole model."

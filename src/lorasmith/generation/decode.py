@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.stream import AnswerWriter
+from lorasmith.model.methods import num_virtual_tokens
 
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -44,6 +46,8 @@ class NextToken:
         self._switched_off: list[BaseTunerLayer | AuxiliaryTrainingWrapper] = []
         bare = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(bare, PreTrainedModel)
+        self._bare = bare
+        self._num_virtual = num_virtual_tokens(model)
         self._understood = inspect.signature(bare.forward).parameters
         self._config = bare.config.get_text_config(decoder=True)
 
@@ -52,15 +56,34 @@ class NextToken:
         bare = NextToken(self.model)
         bare._turn = self._turn
         bare._switched_off = [part for part in self.model.modules() if isinstance(part, _ADAPTED)]
+        if self._num_virtual:  # the base itself is all there is without them
+            bare.model, bare._num_virtual = self._bare, 0
         return bare
 
     @property
     def max_context(self) -> int | None:
         """The longest sequence the model was made for, in tokens; None where its config names none."""
-        return getattr(self._config, "max_position_embeddings", None)
+        longest = getattr(self._config, "max_position_embeddings", None)
+        return longest and longest - self._num_virtual
 
+    @torch.inference_mode()
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._config)
+        """Return a cache in which nothing has been read but a method's virtual tokens, where it has any."""
+        if not self._num_virtual:
+            return DynamicCache(config=self._config)
+        model: Any = self.model
+        with self.answering():
+            start = model.get_prompt(batch_size=1)
+            if isinstance(start, DynamicCache):  # prefix tuning: keys and values of every layer
+                return start
+            cache = DynamicCache(config=self._config)
+            self._bare(
+                inputs_embeds=start.to(self._bare.dtype),
+                past_key_values=cache,
+                use_cache=True,
+                **({"logits_to_keep": 1} if "logits_to_keep" in self._understood else {}),
+            )
+            return cache
 
     @torch.inference_mode()
     def __call__(
@@ -68,9 +91,13 @@ class NextToken:
     ) -> torch.Tensor:
         """Read ``input_ids`` [B, T] after what ``cache`` holds, and extend it; ``mask`` is [B, held + T]."""
         device = self.model.device
+        if self._num_virtual:  # they stand before every row, and the cache holds them
+            mask = torch.cat([mask.new_ones(len(mask), self._num_virtual), mask], dim=1)
+            position_ids = position_ids + self._num_virtual
         optional = {"position_ids": position_ids.to(device), "logits_to_keep": 1}
         with self.answering() as model:
-            logits = model(
+            reader: Any = self._bare if self._num_virtual else model
+            logits = reader(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
                 past_key_values=cache,

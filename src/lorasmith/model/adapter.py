@@ -13,6 +13,7 @@ from lorasmith.errors import AdapterError
 from lorasmith.files import whole_folder, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, PREFIX, WEIGHTS, check_finite, read_adapter_config
 from lorasmith.model.adapter_folder import named_base as named_base
+from lorasmith.model.methods import spare_boft_kernel, start_of
 from lorasmith.model.quiet import quiet_loading
 
 if TYPE_CHECKING:
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = False) -> float:
+def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = False) -> float | None:
     """Write the active adapter as a plain PEFT folder and return the norm of its update to the base.
+
+    None where the method is no LoRA. What began inside the base's weights (PiSSA, OLoRA) is written as a plain
+    LoRA adapter of the untouched base, of twice the rank.
 
     The folder appears whole or not at all; an older adapter there is replaced only then. A checkpoint of
     step 0 passes ``allow_no_effect``: its B matrices are still zero.
@@ -32,12 +36,9 @@ def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = Fa
     from peft import get_peft_model_state_dict
 
     name = str(model.active_adapter)
-    weights = {
-        key: tensor.detach().to("cpu").contiguous()
-        for key, tensor in get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=False
-        ).items()
-    }
+    with quiet_loading():
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: tensor.detach().to("cpu").contiguous() for key, tensor in state.items()}
     for key, tensor in weights.items():
         check_finite(key, tensor, "The adapter to be saved")
     norm = update_norm(model)
@@ -48,13 +49,29 @@ def save_adapter(model: "PeftModel", folder: Path, *, allow_no_effect: bool = Fa
         )
     config: Any = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(getattr(config, key, None), set):  # a set's order would change from run to run
+            setattr(config, key, sorted(getattr(config, key)))
+    _move_start(model, weights, config)
     with whole_folder(folder) as part:
         config.save_pretrained(str(part))
         save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
         write_checksums(part)
     return norm
+
+
+def _move_start(model: "PeftModel", weights: dict[str, torch.Tensor], config: Any) -> None:
+    """Turn an adapter of the changed base into one of the base as it was.
+
+    (W - s B0 A0) + s B A  =  W + s [B, -B0] [A; A0]        r' = 2 r,  lora_alpha' = 2 lora_alpha,  s' = s
+    """
+    starts = {path: start for path, layer in model.named_modules() if (start := start_of(layer))}
+    for path, (A0, B0) in starts.items():
+        a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+        weights[a] = torch.cat([weights[a], A0.cpu()], dim=0)
+        weights[b] = torch.cat([weights[b], -B0.cpu()], dim=1).contiguous()
+    if starts:
+        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> "PeftModel":
@@ -67,7 +84,8 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    read_adapter_config(folder)
+    if read_adapter_config(folder)["peft_type"] == "BOFT":
+        spare_boft_kernel()
     weights = read_adapter_weights(folder)
     _check_fits(model, weights, folder)
     with quiet_loading():
@@ -88,7 +106,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
                 f"The adapter {folder} does not fit this base: {_first_line(fault)} "
                 "Load it on the base it was trained on."
             ) from fault
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if extra := [key for key in sorted(set(weights) - wanted) if not key.endswith(".base_layer.weight")]:
         raise AdapterError(
             f"The adapter {folder} holds {len(extra)} tensors that its {CONFIG} does not ask for, such as "
@@ -114,22 +132,26 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{folder / WEIGHTS} is damaged: {fault}. Copy it again.") from fault
 
 
-def update_norm(model: torch.nn.Module) -> float:
+def update_norm(model: torch.nn.Module) -> float | None:
     """Return the Frobenius norm of all updates together: sqrt(sum of ||scaling B A||^2) over adapted layers.
 
     ||B A||^2 = trace((B'B)(A A')), two R x R products, so W-sized matrices are never built. How dropout or
-    DoRA reshape an update is not counted.
+    DoRA reshape an update is not counted. None where there is no LoRA layer.
     """
-    total = 0.0
+    total, is_lora = 0.0, False
     for module in model.modules():
         for name, down in getattr(module, "lora_A", {}).items():
             if not hasattr(down, "weight"):
                 continue
             A, B = down.weight.detach().double(), module.lora_B[name].weight.detach().double()  # type: ignore
-            if A.dim() == 2:
-                squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
-                total += float(squared) * float(module.scaling[name]) ** 2  # type: ignore[index]
-    return total**0.5
+            is_lora = True
+            if A.dim() != 2:
+                continue
+            if start := start_of(module):
+                A, B = torch.cat([A, start[0].double()]), torch.cat([B, -start[1].double()], dim=1)
+            squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0)
+            total += float(squared) * float(module.scaling[name]) ** 2  # type: ignore[index]
+    return total**0.5 if is_lora else None
 
 
 def _check_fits(model: "PreTrainedModel", weights: dict[str, torch.Tensor], folder: Path) -> None:

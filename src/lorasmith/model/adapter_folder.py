@@ -1,9 +1,9 @@
 """What an adapter folder says, found out before anything of it is loaded: it may be a stranger's.
 
     files      regular ones that lie in the folder itself; where there is a SHA256SUMS, they are as it says
-    config     LoRA for a causal language model; nothing in it makes PEFT import, open or copy something else
-    header     of the weights: every tensor has its place in the file, a name that LoRA gives, a finite value
-    both       each adapted layer has A [R, D_in] and B [D_out, R], with the R that the config says
+    config     for a causal language model; nothing in it makes PEFT import, open or copy something else
+    header     of the weights: every tensor has its place in the file, a name that the method gives, a finite value
+    both       sizes agree; of LoRA, each adapted layer has A [R, D_in], B [D_out, R], and the R that the config says
 
 PEFT makes the tensors that the config asks for before it looks into the file, and puts whatever the file holds
 into the model: a rank of a billion, or a tensor named like one of the base's, would be taken at its word.
@@ -11,6 +11,7 @@ into the model: a rank of a billion, or a tensor named like one of the base's, w
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorasmith.errors import AdapterError
 from lorasmith.files import CHECKSUMS, find_damage, recover_folder
+from lorasmith.model.adapter_kinds import KINDS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -116,13 +118,14 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], file: Path) -> None:
-    from peft import LoraConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     def refuse(what: str, way_out: str) -> None:
         raise AdapterError(f"{file} {what}. {way_out}")
 
-    if config["peft_type"] != "LORA":
-        refuse(f"is of the method {config['peft_type'][:40]}", "lorasmith opens LoRA adapters only.")
+    kind = config["peft_type"]
+    if kind != "LORA" and kind not in KINDS:
+        refuse(f"is of the method {kind[:40]}", f"lorasmith opens LORA, {', '.join(KINDS)}.")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         refuse(f"is for the task {config['task_type']!r:.40}", "lorasmith opens CAUSAL_LM adapters only.")
     mapping = config.get("auto_mapping") or {}
@@ -135,23 +138,30 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
             refuse(f"sets {key}", "That changes the base itself, and lorasmith does not do it.")
-    known = {field.name for field in fields(LoraConfig)}
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
     if unknown := [key for key, value in config.items() if key not in known and value]:
         refuse(
             f"sets {unknown[0]!r:.60}, which this version of PEFT does not know",
             "Left out, the adapter might mean something else: install a newer peft.",
         )
+    if kind == "LORA":
+        _check_ranks(config, file, refuse)
+    for key in ("target_modules", "modules_to_save"):
+        names = config.get(key)
+        listed = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+        if not (names is None or listed or (isinstance(names, str) and key == "target_modules")):
+            refuse(f"has {names!r:.60} as {key}", "They are names of layers.")
+
+
+def _check_ranks(config: dict[str, Any], file: Path, refuse: Callable[[str, str], None]) -> None:
+    from peft import LoraConfig
+
     ranks = [config.get("r", LoraConfig.r), *_values(config, "rank_pattern", file)]
     if bad := [r for r in ranks if type(r) is not int or r < 1]:
         refuse(f"has the rank {bad[0]!r:.40}", "A rank is a whole number from 1.")
     alphas = [config.get("lora_alpha", LoraConfig.lora_alpha), *_values(config, "alpha_pattern", file)]
     if bad := [a for a in alphas if type(a) not in (int, float) or not abs(a) < 1e9]:
         refuse(f"has the lora_alpha {bad[0]!r:.40}", "It is a finite number.")
-    for key in ("target_modules", "modules_to_save"):
-        names = config.get(key)
-        listed = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-        if not (names is None or listed or (isinstance(names, str) and key == "target_modules")):
-            refuse(f"has {names!r:.60} as {key}", "They are names of layers.")
 
 
 def _values(config: dict[str, Any], key: str, file: Path) -> list[Any]:
@@ -163,6 +173,9 @@ def _values(config: dict[str, Any], key: str, file: Path) -> list[Any]:
 
 def _check_tensors(file: Path, config: dict[str, Any]) -> None:
     """Check names, shapes and values one tensor at a time; memory holds the largest of them."""
+    if config["peft_type"] != "LORA":
+        _check_kind(file, config)
+        return
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     kept_whole = tuple(config.get("modules_to_save") or ())
     try:
@@ -189,6 +202,32 @@ def _check_tensors(file: Path, config: dict[str, Any]) -> None:
         raise AdapterError(f"{file} is damaged: {fault}. Copy it again.") from fault
     if not pairs:
         raise AdapterError(f"{file} holds no lora_A and lora_B: there is no adapter in it.")
+
+
+def _check_kind(file: Path, config: dict[str, Any]) -> None:
+    """Check the tensors of an adapter that is no LoRA."""
+    name = config["peft_type"]
+    found = 0
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                part, matched = tensors.get_slice(key), KINDS[name].tensor.fullmatch(key)
+                if part.get_dtype() not in _FLOATS or matched is None:
+                    raise AdapterError(
+                        f"{file} holds {key!r:.200} as {part.get_dtype()}, which is no part of a {name} adapter. Take "
+                        "it out, or train the adapter again."
+                    )
+                if not KINDS[name].fits(config, matched[1], tuple(part.get_shape())):
+                    raise AdapterError(
+                        f"The adapter {file.parent} does not fit together: {key[:200]} is {part.get_shape()}, and "
+                        f"{CONFIG} asks for another size. Copy it again."
+                    )
+                check_finite(key, tensors.get_tensor(key), f"The adapter {file.parent}")
+                found += 1
+    except (SafetensorError, OSError) as fault:
+        raise AdapterError(f"{file} is damaged: {fault}. Copy it again.") from fault
+    if not found:
+        raise AdapterError(f"{file} holds no tensor: there is no adapter in it.")
 
 
 def _check_pair(path: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], file: Path) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 from lorasmith.data.cache import cache_dir
 from lorasmith.errors import BaseModelError, StorageError
 from lorasmith.files import CHECKSUMS, find_damage, whole_folder, write_checksums
+from lorasmith.model.quantized import loading_options, make_trainable
 from lorasmith.model.quiet import quiet_loading
-from lorasmith.model.settings import BUILT_IN, BaseSettings
+from lorasmith.model.settings import BUILT_IN, BaseSettings, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,18 +170,22 @@ def load_base(
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    quantization: Quantization = "none",
 ) -> "PreTrainedModel":
     """Return the model on ``choice.device`` in ``choice.dtype``, frozen and in eval mode.
 
-    Its ``name_or_path`` is the base's portable name, so that an adapter saved from it opens elsewhere.
+    Its ``name_or_path`` is the base's portable name, so that an adapter saved from it opens elsewhere. A
+    quantised one is there to be trained on.
 
     Raises:
+        MissingExtraError: ``quantization`` needs bitsandbytes.
         BaseModelError: not a causal language model, weights missing or of other shapes, or out of memory.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    how = loading_options(quantization, choice.device, choice.dtype)
     with quiet_loading():
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -191,6 +196,7 @@ def load_base(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **how,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as fault:
             raise BaseModelError(f"The base {base.ref.id} cannot be loaded: {_first_line(fault)}") from fault
@@ -202,13 +208,16 @@ def load_base(
             f"such as {missing[0]}; they would be random numbers. Download or copy the model again."
         )
     try:
-        model.to(choice.device)  # type: ignore[arg-type]
+        if not how:
+            model.to(choice.device)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as fault:
         raise BaseModelError(
             f"The base {base.ref.id} does not fit on {choice.device} in {choice.dtype}. "
             "Use base.dtype=bfloat16, a smaller base, or base.device=cpu."
         ) from fault
     model.name_or_path = model.config._name_or_path = base.portable_name
+    if how:
+        model = make_trainable(model)
     return model.requires_grad_(False).eval()
 
 

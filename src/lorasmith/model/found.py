@@ -2,6 +2,7 @@
 
 runs/x                       run.json knows base and recipe; the adapter is runs/x/adapter
 runs/x/checkpoints/*/adapter the same run, that adapter
+runs/x/model                 after full fine-tuning: a whole model
 a plain PEFT folder          names its base; its recipe is chosen, and that is said
 a merged folder              a whole model; lorasmith.json holds the recipe
 a model's folder or Hub id   a whole model; its recipe is chosen, and that is said
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import PromptSettings
-from lorasmith.errors import AdapterError, RecipeError, RunError
-from lorasmith.files import sha256_of
+from lorasmith.errors import AdapterError, BaseModelError, RecipeError, RunError
+from lorasmith.files import find_damage, sha256_of
 from lorasmith.model.adapter import load_adapter
 from lorasmith.model.adapter_folder import WEIGHTS, named_base, read_adapter_config
 from lorasmith.model.base import (
+    BaseRef,
     ResolvedBase,
     check_same_base,
     load_base,
@@ -50,7 +52,8 @@ def say_nothing(line: str) -> None:
 class FoundModel:
     """A base, perhaps an adapter on it, and the prompt recipe they are asked with.
 
-    ``notes`` say what a user should know about it: a recipe that had to be chosen, for one.
+    ``tuned_from`` is what a model whose own weights were trained began as. ``notes`` say what a user
+    should know about it: a recipe that had to be chosen, for one.
     """
 
     name: str
@@ -59,6 +62,7 @@ class FoundModel:
     recipe: PromptRecipe
     tokenizer: "PreTrainedTokenizerBase"
     record: RunRecord | None = None
+    tuned_from: BaseRef | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -134,6 +138,8 @@ def find_run(
             recipe renders another text than it did then. AdapterError: there is no adapter yet.
     """
     record = read_run_record(run_dir)
+    if record.settings.get("method", {}).get("name") == "full":
+        return _find_full(run_dir, record)
     if adapter is None:
         adapter = run_dir / "adapter"
         if record.result is None and not adapter.is_dir():
@@ -148,6 +154,18 @@ def find_run(
     trusted = bool(record.settings.get("base", {}).get("trust_remote_code"))
     tokenizer = load_tokenizer(found, trust_remote_code=trusted)
     return FoundModel(str(run_dir), found, adapter, recipe, tokenizer, record)
+
+
+def _find_full(run_dir: Path, record: RunRecord) -> FoundModel:
+    """Return the whole model of a run that trained every weight."""
+    folder = run_dir / "model"
+    if not folder.is_dir():
+        raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no model/ yet.")
+    if damage := find_damage(folder, needed=("config.json",)):
+        raise BaseModelError(f"The model {folder} is damaged: {', '.join(damage)}. Copy it again.")
+    base = resolve_base(BaseSettings(model=str(folder)))
+    recipe = PromptRecipe.from_json(record.recipe)
+    return FoundModel(str(run_dir), base, None, recipe, load_tokenizer(base), record, tuned_from=record.base)
 
 
 def _find_adapter(folder: Path, base: str | None, recipe: PromptRecipe | None, tell: Tell) -> FoundModel:

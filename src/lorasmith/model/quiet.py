@@ -30,6 +30,10 @@ def quiet_loading() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # load_adapter raises
             # An adapter of a newer PEFT: what it sets beyond this one's settings was refused before.
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+            # AdaLoRA takes some layers' rank to nothing.
+            warnings.filterwarnings("ignore", message=".*have invalid shape")
+            # ... and PEFT, which reads the pattern of its ranks elsewhere, does not know it here.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -2,8 +2,9 @@
 
     checkpoints/
       step-000050/
-        adapter/                plain PEFT: can be asked like a finished run
-        optimizer.safetensors   AdamW's two moments of every trained tensor
+        adapter/                plain PEFT: can be asked like a finished run (full fine-tuning: model/)
+        optimizer.safetensors   AdamW's two moments of every trained tensor, and what else going on needs:
+                                the trained numbers where adapter/ has them in another form, AdaLoRA's scores
         state.json              step, best validation so far and whether it is this one's, a probe loss
         SHA256SUMS              of every file above
 
@@ -21,14 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from lorasmith.errors import ResumeError
 from lorasmith.files import find_damage, whole_folder, write_checksums
-from lorasmith.model.adapter import read_adapter_weights, save_adapter
-from lorasmith.model.adapter_folder import CONFIG, WEIGHTS
+from lorasmith.model.adapter_folder import read_adapter_config
+from lorasmith.model.trained import (
+    ADAPTER,
+    is_saved_as_trained,
+    load_trained_numbers,
+    restore_trained,
+    save_trained,
+    trained_files,
+)
+from lorasmith.training.method_steps import method_state, restore_method_state
 
+_NUMBERS, _METHOD = "number.", "method."  # in _OPTIMIZER, before a name
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
@@ -45,7 +56,7 @@ class Checkpoint:
 
 def save_checkpoint(
     run_dir: Path,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     *,
@@ -58,7 +69,7 @@ def save_checkpoint(
     """Write ``checkpoints/step-NNNNNN`` and remove all but the last ``keep`` and the best."""
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     with whole_folder(folder) as part:
-        save_adapter(model, part / "adapter", allow_no_effect=True)
+        save_trained(model, part, allow_no_effect=True)
         save_file(_optimizer_tensors(model, optimizer), part / _OPTIMIZER)
         state = {
             "step": step,
@@ -131,12 +142,15 @@ def last_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _read_state(folder: Path) -> dict[str, Any] | str:
     """Return what state.json says of a checkpoint, or what is wrong with the checkpoint, in words."""
-    damage = find_damage(folder, needed=(f"adapter/{CONFIG}", f"adapter/{WEIGHTS}", _OPTIMIZER, _STATE))
+    damage = find_damage(folder, needed=(*trained_files(folder), _OPTIMIZER, _STATE))
     return ", ".join(damage) or json.loads((folder / _STATE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    checkpoint: Checkpoint,
+    model: PeftModel | PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Put the saved weights, moments and (for float16) loss scale into ``model``, ``optimizer`` and ``scaler``.
 
@@ -160,16 +174,30 @@ def load_checkpoint(
             key: value if key == "step" else value.to(parameter.device)  # type: ignore[union-attr]
             for key, value in moments.items()
         }
-    set_peft_model_state_dict(model, read_adapter_weights(checkpoint.folder / "adapter"))
+    if is_saved_as_trained(model):
+        restore_trained(model, checkpoint.folder)
+        return
+    load_trained_numbers(model, _without_prefix(saved, _NUMBERS))
+    config = read_adapter_config(checkpoint.folder / ADAPTER)
+    restore_method_state(model, _without_prefix(saved, _METHOD), config)
 
 
-def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(
+    model: PeftModel | PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _trained(model):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    if not is_saved_as_trained(model):
+        tensors |= {f"{_NUMBERS}{n}": p.detach().cpu().clone() for n, p in _trained(model)}
+        tensors |= {f"{_METHOD}{n}": t.detach().cpu().contiguous() for n, t in method_state(model).items()}
     return tensors
 
 
-def _trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+def _without_prefix(saved: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+
+
+def _trained(model: PeftModel | PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

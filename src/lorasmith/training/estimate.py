@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
@@ -62,7 +63,7 @@ class Estimate:
 
 
 def estimate_here(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     forward: PackForward,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
@@ -141,7 +142,11 @@ def estimate_on(
 
 
 def disk_needed(
-    model: PeftModel, dataset: Sequence[TokenizedExample], training: TrainingSettings, *, validates: bool
+    model: PeftModel | PreTrainedModel,
+    dataset: Sequence[TokenizedExample],
+    training: TrainingSettings,
+    *,
+    validates: bool,
 ) -> dict[str, int]:
     """Return the bytes that a run and its merge write, by what they are."""
     adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
@@ -175,5 +180,5 @@ def in_words(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def _bytes_of_weights(model: PeftModel) -> int:
+def _bytes_of_weights(model: PeftModel | PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
@@ -92,7 +93,7 @@ class Fit:
 
 
 def choose_fit(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     forward: PackForward,
     rehearsal: Rehearsal,
     dataset: Sequence[TokenizedExample],
@@ -136,7 +137,7 @@ def choose_fit(
 
 
 def _measure(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     forward: PackForward,
     chooser: "_Chooser",
     rungs: list[tuple[int, bool]],
@@ -351,7 +352,7 @@ def _part_of(
 
 
 def _try_pack(
-    model: PeftModel, forward: PackForward, pack: Pack, recompute: bool
+    model: PeftModel | PreTrainedModel, forward: PackForward, pack: Pack, recompute: bool
 ) -> tuple[Peak, float] | None:
     """Return peak memory and seconds of two passes over ``pack``, the second; None if memory ran out.
 
@@ -387,12 +388,12 @@ def _try_pack(
         give_back_freed_memory()
 
 
-def bytes_of_training(model: PeftModel) -> int:
+def bytes_of_training(model: PeftModel | PreTrainedModel) -> int:
     """Return what the adapter's gradients and AdamW's two moments take, none of which is there before a step."""
     return sum(3 * 4 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _page_in(model: PeftModel) -> None:
+def _page_in(model: PeftModel | PreTrainedModel) -> None:
     """Touch every page of weights that are mapped from their file: the first step would, and they count."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":

@@ -23,7 +23,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
 from lorasmith.data.example import Message
@@ -38,18 +38,26 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import DataError, ResumeError, RunError, SettingsError
 from lorasmith.files import storing, write_whole
-from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import DeviceChoice, choose_device
-from lorasmith.model.methods import attach_adapter, count_trainable
+from lorasmith.model.memory import measure_peak
+from lorasmith.model.method_settings import FullSettings, MethodSettings
+from lorasmith.model.methods import (
+    attach_adapter,
+    check_method,
+    count_frozen,
+    count_trainable,
+    train_all_weights,
+)
 from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
+from lorasmith.model.trained import ADAPTER, MODEL, save_trained
 from lorasmith.packing.plan import Gain, predict_gain
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.loop import StepReport, train
-from lorasmith.training.rehearsal import Rehearsal, copy_without_weights
+from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import OutputSettings, TrainingSettings
@@ -68,7 +76,8 @@ class TrainingJob:
     record: RunRecord
     recipe: PromptRecipe
     tokenizer: PreTrainedTokenizerBase
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
+    method: MethodSettings
     forward: PackForward
     dataset: Sequence[TokenizedExample]
     validation: Sequence[TokenizedExample] | None
@@ -91,7 +100,7 @@ def prepare_job(
     base: BaseSettings,
     data: DataSettings,
     prompt: PromptSettings,
-    method: LoraSettings,
+    method: MethodSettings,
     engine: EngineSettings,
     training: TrainingSettings,
     output: OutputSettings,
@@ -109,6 +118,7 @@ def prepare_job(
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
     """
     check_trackers(output.trackers)
+    check_method(method, base)
     if data.validation is not None and training.validation_share > 0:
         raise SettingsError(
             f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
@@ -116,7 +126,7 @@ def prepare_job(
         )
     then = read_run_record(run_dir) if (run_dir / "run.json").is_file() else None
     threads = _set_threads(then, engine, say)
-    choice = _choose_device(then, base)
+    choice = _choose_device(then, base, method)
     # What "auto" meant is recorded: a run that goes on later must not measure again and get something else.
     found = {"dtype": str(choice.dtype).removeprefix("torch."), "device": choice.device.type}
     settings = {
@@ -168,21 +178,47 @@ def prepare_job(
     resume_from = _what_to_resume(run_dir, then, record, output, say)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
-    model = load_base(resolved, choice, trust_remote_code=base.trust_remote_code)
-    config = model.config.get_text_config()
-    model = attach_adapter(model, method, seed=training.seed)
+    loaded = load_base(
+        resolved, choice, trust_remote_code=base.trust_remote_code, quantization=base.quantization
+    )
+    config = loaded.config.get_text_config()
+    num_steps = training.num_steps(len(dataset))
+    if isinstance(method, FullSettings):
+        model = train_all_weights(loaded)
+    else:
+        model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
     engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say)
     settled = _recorded_fit(then, training, engine)
     # Copied before the engine changes the layers' forward; a run that goes on needs none.
-    rehearsal = None if settled else Rehearsal(copy_without_weights(model), engine)
+    rehearsal = None
+    if settled is None and base.quantization == "none":
+        rehearsal = Rehearsal(copy_without_weights(model), engine)
+    elif (
+        settled is None
+    ):  # a quantised weight has no copy without numbers: its layers are rehearsed as they were
+        sketch = build_without_weights(
+            resolved.folder,
+            method,
+            found["dtype"],
+            seed=training.seed,
+            num_steps=num_steps,
+            trust_remote_code=base.trust_remote_code,
+        )
+        rehearsal = Rehearsal(sketch, engine)
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
-        rate = suggest_learning_rate(config.model_type, config.hidden_size)
+        rate = suggest_learning_rate(config.model_type, config.hidden_size, method.rate_multiple)
         say(f"Learning rate: {rate:.2g} (from the base's hidden size {config.hidden_size})")
     trained = count_trainable(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    say(f"Adapter: {trained:,} trainable numbers beside {total - trained:,} frozen ones")
+    if isinstance(method, FullSettings):
+        size = 16 * trained / 2**30
+        say(
+            f"Method: full, {trained:,} numbers train; with gradients and AdamW's moments they take {size:.2f} GiB"
+        )
+    else:
+        frozen = count_frozen(model)
+        say(f"Adapter ({method.name}): {trained:,} trainable numbers beside {frozen:,} frozen ones")
     for note in forward.notes:
         say(f"Note: {note}")
 
@@ -237,6 +273,7 @@ def prepare_job(
         recipe,
         tokenizer,
         model,
+        method,
         forward,
         dataset,
         validation,
@@ -268,34 +305,37 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
         write_run_record(job.run_dir, record)
 
     try:
-        for report in train(
-            job.model,
-            job.dataset,
-            job.training,
-            forward=job.forward,
-            learning_rate=job.learning_rate,
-            run_dir=job.run_dir,
-            fit=job.fit,
-            may_checkpoint=job.may_checkpoint,
-            validation=job.validation,
-            resume_from=job.resume_from,
-            record=metrics.write,
-            record_fit=record_fit,
-            should_stop=should_stop,
-        ):
-            trackers.log(report)
-            yield report
+        with measure_peak(job.forward.device) as peak:
+            for report in train(
+                job.model,
+                job.dataset,
+                job.training,
+                forward=job.forward,
+                learning_rate=job.learning_rate,
+                run_dir=job.run_dir,
+                fit=job.fit,
+                may_checkpoint=job.may_checkpoint,
+                method=job.method,
+                validation=job.validation,
+                resume_from=job.resume_from,
+                record=metrics.write,
+                record_fit=record_fit,
+                should_stop=should_stop,
+            ):
+                trackers.log(report)
+                yield report
     finally:
         metrics.close()
         trackers.close()
         draw_loss(job.run_dir)
     if report is None or report.step == report.num_steps:
-        _finish(job, record, time.monotonic() - started)
+        _finish(job, record, time.monotonic() - started, peak.during)
 
 
-def _finish(job: TrainingJob, record: RunRecord, seconds: float) -> None:
-    """Save the adapter and write the result into run.json."""
-    norm = save_adapter(job.model, job.run_dir / "adapter")
+def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int) -> None:
+    """Save what was trained and write the result into run.json."""
+    norm = save_trained(job.model, job.run_dir, tokenizer=job.tokenizer)
+    folder = next(place for name in (ADAPTER, MODEL) if (place := job.run_dir / name).is_dir())
     steps = read_metrics(job.run_dir / "metrics.jsonl")
     result = {
         "steps": job.num_steps,
@@ -306,7 +346,11 @@ def _finish(job: TrainingJob, record: RunRecord, seconds: float) -> None:
         "tokens": sum(m["num_tokens"] for m in steps),
         "training_seconds": round(sum(m["seconds"] for m in steps), 1),
         "seconds": round(seconds, 1),
+        "peak_bytes": peak_bytes,
         "update_norm": norm,
+        "trainable_numbers": count_trainable(job.model),
+        "frozen_numbers": count_frozen(job.model),
+        "saved_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
     write_run_record(job.run_dir, record.model_copy(update={"result": result}))
 
@@ -374,7 +418,11 @@ def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say) -> in
 
 
 def _settle_engine(
-    then: RunRecord | None, engine: EngineSettings, model: PeftModel, num_tokens: int, say: Say
+    then: RunRecord | None,
+    engine: EngineSettings,
+    model: PeftModel | PreTrainedModel,
+    num_tokens: int,
+    say: Say,
 ) -> EngineSettings:
     """Return ``engine`` with what changes the rounding decided: as at the run's start, or for ``num_tokens`` now."""
     recorded: dict[str, Any] = {} if then is None else then.settings["engine"]
@@ -386,7 +434,7 @@ def _settle_engine(
     if engine.compile == "auto" and "compile" in recorded:
         found["compile"] = recorded["compile"]
     elif engine.compile == "auto":
-        base: Any = model.get_base_model()
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         found["compile"], reason = choose_compilation(base, num_tokens)
         say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
     return engine.model_copy(update=found)
@@ -399,8 +447,12 @@ def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
     return record.model_copy(update={"settings": settings})
 
 
-def _choose_device(then: RunRecord | None, base: BaseSettings) -> DeviceChoice:
+def _choose_device(then: RunRecord | None, base: BaseSettings, method: MethodSettings) -> DeviceChoice:
     """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
+    if base.dtype == "auto" and isinstance(method, FullSettings):
+        return replace(
+            choose_device(base.device, "float32"), reason="what is trained is float32, here every weight"
+        )
     if base.dtype == "auto" and then is not None:
         return replace(
             choose_device(base.device, then.settings["base"]["dtype"]), reason="as at the run's start"
@@ -481,6 +533,10 @@ _HARMLESS = {
 }
 
 
+# What runs meant that are older than the setting.
+_BEFORE = {("method", "name"): "lora", ("base", "quantization"): "none"}
+
+
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     found = []
     if old.base.fingerprint != new.base.fingerprint:
@@ -504,7 +560,7 @@ def _setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for section, values in new.items():
         for key, value in values.items():
-            before = old.get(section, {}).get(key)
+            before = old.get(section, {}).get(key, _BEFORE.get((section, key)))
             if section in ("run", "report") or (section, key) in harmless:
                 continue
             if before != value and value != "auto":

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.errors import NonFiniteLossError, ResumeError, TrainingError
 from lorasmith.model.memory import free_bytes, give_back_freed_memory, is_out_of_memory
+from lorasmith.model.method_settings import MethodSettings
 from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.checkpoint import (
     Checkpoint,
@@ -32,6 +34,7 @@ from lorasmith.training.checkpoint import (
     save_checkpoint,
 )
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
+from lorasmith.training.method_steps import after_step, group_parameters, penalty
 from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
@@ -64,7 +67,7 @@ class StepReport:
 
 
 def train(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     dataset: Sequence[TokenizedExample],
     settings: TrainingSettings,
     *,
@@ -73,6 +76,7 @@ def train(
     run_dir: Path,
     fit: Fit | None = None,
     may_checkpoint: bool = True,
+    method: MethodSettings | None = None,
     validation: Sequence[TokenizedExample] | None = None,
     resume_from: Checkpoint | None = None,
     record: Callable[[StepReport], None] = lambda report: None,
@@ -102,7 +106,9 @@ def train(
     evaluate_every = settings.evaluate_every or per_epoch
     save_every = settings.save_every or per_epoch
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        group_parameters(model, method), lr=learning_rate, weight_decay=settings.weight_decay
+    )
     # float16 has gradients too small for its range: they are scaled up, and a step that overflows is left out.
     is_float16 = forward.dtype is torch.float16
     scaler = torch.amp.GradScaler(forward.device.type, enabled=is_float16)
@@ -127,7 +133,7 @@ def train(
             torch.manual_seed((settings.seed << 32) + step)
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            loss = _accumulate(packs, num_learnt, forward, scaler, fit)
+            loss = _accumulate(model, packs, num_learnt, forward, scaler, fit)
             if loss is not None:
                 break
             optimizer.zero_grad(set_to_none=True)
@@ -152,9 +158,10 @@ def train(
             )
         rate = learning_rate_at(step, num_steps, settings, learning_rate)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_multiple"]
         scaler.step(optimizer)
         scaler.update()
+        after_step(model, step)
         seconds = time.perf_counter() - started
 
         done = step + 1
@@ -201,7 +208,7 @@ def train(
 
 @torch.no_grad()
 def mean_loss(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     dataset: Sequence[TokenizedExample],
     settings: TrainingSettings,
     forward: PackForward,
@@ -222,7 +229,12 @@ def mean_loss(
 
 
 def _accumulate(
-    packs: list[Pack], num_learnt: int, forward: PackForward, scaler: torch.amp.GradScaler, fit: Fit
+    model: PeftModel | PreTrainedModel,
+    packs: list[Pack],
+    num_learnt: int,
+    forward: PackForward,
+    scaler: torch.amp.GradScaler,
+    fit: Fit,
 ) -> float | None:
     """Add the gradients of every pack's share of the mean, and return that mean; None if memory ran out."""
     loss = 0.0
@@ -233,6 +245,8 @@ def _accumulate(
             mean = forward.summed_loss(pack, "train") / num_learnt
             scaler.scale(mean).backward()
             loss += mean.item()
+        if (more := penalty(model)) is not None:  # steers the step, and is no part of the loss that is told
+            scaler.scale(more).backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -259,7 +273,10 @@ def _pack(
 
 @torch.no_grad()
 def _probe_loss(
-    model: PeftModel, forward: PackForward, dataset: Sequence[TokenizedExample], example: int
+    model: PeftModel | PreTrainedModel,
+    forward: PackForward,
+    dataset: Sequence[TokenizedExample],
+    example: int,
 ) -> float:
     """Return the mean loss of one example with the weights as they are: what a resumed run must get again."""
     model.eval()
@@ -280,7 +297,7 @@ def _check_probe(found: float, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def _name_bad_rows(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     forward: PackForward,
     dataset: Sequence[TokenizedExample],
     packs: list[Pack],

@@ -18,14 +18,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorasmith.engine.attention import why_not_packed
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import BaseModelError
-from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import LoraSettings
+from lorasmith.model.method_settings import FullSettings, LoraSettings, MethodSettings
+from lorasmith.model.methods import attach_adapter, num_virtual_tokens, train_all_weights
 from lorasmith.packing.trie import Pack, Segment
 
 
@@ -38,7 +38,7 @@ class Rehearsed:
     num_operations: int  # a GPU cannot start them in no time
 
 
-def copy_without_weights(model: PeftModel) -> PeftModel:
+def copy_without_weights(model: PeftModel | PreTrainedModel) -> PeftModel | PreTrainedModel:
     """Return a copy of ``model`` on the meta device; its weights are shapes only and take no memory."""
     shapes: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
@@ -48,9 +48,15 @@ def copy_without_weights(model: PeftModel) -> PeftModel:
 
 
 def build_without_weights(
-    folder: Path, method: LoraSettings, dtype: str, *, seed: int, trust_remote_code: bool = False
-) -> PeftModel:
-    """Return the model that ``folder``'s config.json describes, with an adapter, on the meta device.
+    folder: Path,
+    method: MethodSettings,
+    dtype: str,
+    *,
+    seed: int,
+    num_steps: int,
+    trust_remote_code: bool = False,
+) -> PeftModel | PreTrainedModel:
+    """Return the model that ``folder``'s config.json describes, as the method trains it, on the meta device.
 
     Raises:
         BaseModelError: transformers knows no causal language model of that config.
@@ -65,18 +71,24 @@ def build_without_weights(
             )
     except (OSError, ValueError, ImportError) as fault:
         raise BaseModelError(f"{folder}/config.json describes no model that can be built: {fault}") from fault
-    return attach_adapter(model.requires_grad_(False), method, seed=seed)
+    if isinstance(method, FullSettings):
+        return train_all_weights(model)
+    # What starts inside the base's weights takes what LoRA takes; there are no weights to take the start out of.
+    if method.changes_base:
+        method = LoraSettings(**method.model_dump(include=LoraSettings.model_fields.keys() - {"name"}))
+    return attach_adapter(model.requires_grad_(False), method, seed=seed, num_steps=num_steps)
 
 
 class Rehearsal:
     """Rehearses packs for a model without weights, each pack and setting once."""
 
-    def __init__(self, sketch: PeftModel, engine: EngineSettings) -> None:
+    def __init__(self, sketch: PeftModel | PreTrainedModel, engine: EngineSettings) -> None:
         """``sketch`` is on the meta device, see :func:`copy_without_weights`."""
         self.model = sketch.train()
         # Compiled layers and CUDA's kernels keep less alive than buckets computed eagerly, so this is the upper end.
-        base: Any = sketch.get_base_model()
-        attention = "padded" if engine.attention == "padded" or why_not_packed(base) else "bucketed"
+        base: Any = sketch.get_base_model() if isinstance(sketch, PeftModel) else sketch
+        is_padded = engine.attention == "padded" or why_not_packed(base) or num_virtual_tokens(sketch)
+        attention = "padded" if is_padded else "bucketed"
         plain = {"attention": attention, "compile": False, "gradient_checkpointing": False}
         self.forward = PackForward(sketch, engine.model_copy(update=plain))
         assert self.forward.device.type == "meta", "a rehearsal with weights would be the real thing"
