@@ -26,7 +26,6 @@ EXTRAS = {
     "wandb": "Weights & Biases curves",
     "mlflow": "MLflow curves",
     "quantized": "base.quantization",
-    "search": "lorasmith compare --search",
     "lm-eval": "lorasmith evaluate --tasks",
     "serve": "lorasmith serve",
 }
