@@ -55,9 +55,10 @@ def main() -> None:
             try:
                 with start(contender, base, adapters, options.threads, Path(folder)) as (url, models):
                     answers[contender] = {}
+                    warm = [Wanted(model, "Say hello.") for model in models]
+                    ask_all(url, warm, num_clients=1, max_tokens=4)
                     for clients in options.clients:
                         wanted = plan(models, questions, clients, options.requests)
-                        ask_all(url, wanted[:1], num_clients=1, max_tokens=4)
                         seconds, asked = ask_all(
                             url, wanted, num_clients=clients, max_tokens=options.max_tokens
                         )

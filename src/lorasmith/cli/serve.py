@@ -1,7 +1,11 @@
 """``lorasmith serve``: runs behind OpenAI's API, many adapters on one base."""
 
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,6 +62,15 @@ def command(
     max_models: Annotated[int | None, _option("max_models")] = None,
     drain_seconds: Annotated[int | None, _option("drain_seconds")] = None,
     log_contents: Annotated[bool, _option("log_contents", "--log-contents")] = False,
+    engine: Annotated[
+        Literal["lorasmith", "vllm"],
+        typer.Option(
+            help="vllm: print the command that serves the same in vLLM, after checking that it can."
+        ),
+    ] = "lorasmith",
+    execute: Annotated[
+        bool, typer.Option("--exec", help="With --engine vllm: run the command, if vllm is on the path.")
+    ] = False,
     device: answering.Device = "auto",
     dtype: answering.Dtype = "auto",
 ) -> None:
@@ -84,6 +97,11 @@ def command(
         drain_seconds=drain_seconds,
         log_contents=log_contents,
     )
+    if engine == "vllm":
+        serve_with_vllm(run or (), settings, base=base, base_name=base_name, execute=execute)
+        return
+    if execute:
+        raise SettingsError("--exec belongs to --engine vllm; lorasmith's own server always runs.")
     _need_extra()
     from lorasmith.serve.app import create_app
     from lorasmith.serve.keys import KEYS_VARIABLE, read_keys
@@ -119,6 +137,26 @@ def command(
         settings,
         on_ready=lambda url: console.print(f"Serving {names} at {url}/v1", soft_wrap=True),
     )
+
+
+def serve_with_vllm(
+    runs: Sequence[str], settings: ServeSettings, *, base: str | None, base_name: str | None, execute: bool
+) -> None:
+    """Print the vLLM command on stdout, notes beside it; or become it."""
+    from lorasmith.serve.models import name_runs
+    from lorasmith.serve.vllm import plan_vllm
+
+    server = plan_vllm(name_runs(runs), settings, base=base, base_name=base_name, tell=note)
+    for line in server.notes:
+        note(line)
+    if execute and shutil.which("vllm") is None:
+        raise SettingsError(
+            "There is no vllm on the path. Install it into an environment of its own (pip install vllm), activate "
+            "that, and call this one's lorasmith by its path; or leave --exec out and copy the command."
+        )
+    print(shlex.join(server.words), flush=True)
+    if execute:
+        os.execvp("vllm", server.words)
 
 
 def parse_settings(**values: object) -> ServeSettings:

@@ -50,8 +50,8 @@ def read_lora(model: PreTrainedModel, folder: Path) -> LoraWeights:
         AdapterError: it is broken, does not fit, or is of a kind that cannot share a batch.
     """
     values = read_adapter_config(folder)
-    config = LoraConfig(**{key: value for key, value in values.items() if key in _MEANING})
     _check_kind(values, folder)
+    config = LoraConfig(**{key: value for key, value in values.items() if key in _MEANING})
     weights = read_adapter_weights(folder)
     modules = {
         path: module.base if isinstance(module, _AdaptedLinear) else module
@@ -93,6 +93,11 @@ def _scaling(config: LoraConfig, path: str, rank: int) -> float:
 
 
 def _check_kind(values: dict, folder: Path) -> None:
+    if values["peft_type"] != "LORA":
+        raise AdapterError(_refusal(folder, f"its method is {values['peft_type']}"))
+    start = values.get("init_lora_weights", True)
+    if str(start).split("_")[0].lower() in ("pissa", "olora", "corda", "loftq"):
+        raise AdapterError(_refusal(folder, f"it changes the base itself ({start})"))
     for key, what in (
         ("use_dora", "it is a DoRA adapter"),
         ("modules_to_save", "it keeps whole layers of its own (modules_to_save)"),

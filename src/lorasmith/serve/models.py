@@ -71,7 +71,11 @@ class ServedModels:
         return found.base.folder
 
     def _serve(self, name: str, found: FoundModel, folder: Path) -> ServedModel:
-        assert found.adapter is not None
+        if found.adapter is None:
+            raise AdapterError(
+                f"The run {folder} trained every weight of its base, so it shares none with others. Serve it alone: "
+                f"lorasmith serve --base {found.base.folder}."
+            )
         weights = read_lora(self.model, found.adapter)
         chat = Chat(self.model, found.tokenizer, found.recipe, name=name, notes=found.notes, found=found)
         return ServedModel(name, self.base.name, str(folder), chat, weights, int(time.time()))
