@@ -25,6 +25,7 @@ _HOMES = {
     "load_run_file": "lorasmith.cli.run_file",
     "merge": "lorasmith.export.merge",
     "open_chat": "lorasmith.generation.chat",
+    "open_pipeline": "lorasmith.generation.pipeline",
     "train": "lorasmith.cli.run_file",
 }
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lorasmith.evaluation.answers import evaluate_answers
     from lorasmith.export.merge import merge
     from lorasmith.generation.chat import Chat, open_chat
+    from lorasmith.generation.pipeline import open_pipeline
     from lorasmith.generation.sampling import SamplingSettings
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "load_run_file",
     "merge",
     "open_chat",
+    "open_pipeline",
     "train",
 ]
 

@@ -190,6 +190,10 @@ class PromptRecipe:
             return ""
         return next((s.text for s in segments if s.is_learnt and not s.is_content and s.text.isspace()), "")
 
+    def answer_marks(self) -> dict[str, Any]:
+        """Return what bounds an answer beside end tokens, as plain values: what a chat template cannot say."""
+        return {"stop_strings": list(self.stop), "answer_lead": self.answer_lead()}
+
     def stop_token_ids(self, tokenizer) -> tuple[int, ...]:
         """Return the ids at which an answer ends, the end token of the training text first.
 

@@ -15,6 +15,7 @@ from lorasmith.data.prompts import PromptRecipe
 from lorasmith.errors import AdapterError, MergeError
 from lorasmith.export.chat_template import chat_template, count_equal_prompts
 from lorasmith.export.fold import copy_remote_code, fold
+from lorasmith.export.pipeline_code import write_pipeline_code
 from lorasmith.export.proof import (
     NUM_QUESTIONS,
     NUM_QUESTIONS_OF_BASE,
@@ -193,6 +194,7 @@ def _write_companions(source: FoundModel, out: Path) -> None:
     ).save_pretrained(out)
     if source.trust_remote_code:
         copy_remote_code(source.base, out)
+    write_pipeline_code(source.recipe, out)
 
 
 def _describe(source: FoundModel, adapter: Path, proof: MergeProof) -> dict[str, Any]:

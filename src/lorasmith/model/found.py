@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 
 MERGED_FILE = "lorasmith.json"  # in a merged folder: what it was made of and how it is asked
+PIPELINE_TASK = "instruction-text-generation"  # what a merged folder is to transformers.pipeline
 
 
 def say_nothing(line: str) -> None:
