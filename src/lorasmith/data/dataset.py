@@ -173,7 +173,11 @@ def examine_dataset(
     fingerprint = opened.fingerprint()
     folder = (Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir()) / "data"
     writer = ShardWriter(
-        folder / "shards", prompt.to_json(), tokenizer_json(tokenizer), special_tokens(tokenizer)
+        folder / "shards",
+        prompt.to_json(),
+        tokenizer_json(tokenizer),
+        special_tokens(tokenizer),
+        data.remember_words,
     )
     text_key = _sha256([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
     policies = [data.format, data.on_bad_row, data.max_seq_len, data.overlong]

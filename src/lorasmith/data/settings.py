@@ -34,6 +34,10 @@ class DataSettings(BaseModel):
         description="examples over max_seq_len: error, drop (counted), or truncate (end token kept)",
     )
     split: str = Field(default="train", description="split of a Hub data set")
+    remember_words: bool = Field(
+        default=True,
+        description="look up words that came before instead of cutting them into tokens again; the ids are the same",
+    )
     cache_dir: str | None = Field(
         default=None, description="folder for tokenised data; default: LORASMITH_CACHE or ~/.cache/lorasmith"
     )

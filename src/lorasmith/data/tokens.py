@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lorasmith.data.prompts import Segment, special_token_pattern, special_tokens
+from lorasmith.data.words import WordTable, cuts_at_words
 from lorasmith.errors import RecipeError
 
 IGNORE_INDEX = -100
@@ -61,9 +62,14 @@ class Encoder:
     A SentencePiece tokenizer puts a space before the first word of a text (some: also after each special
     token). A run in the middle of a text must not get one; it is encoded behind an anchor, whose ids are
     then dropped. Which runs need that is found out once, by trying the tokenizer on "a".
+
+    ``remembers_words``: words that came before are not cut again, where the tokenizer allows it; the ids are
+    the same.
     """
 
-    def __init__(self, tokenizer_json: str, special_tokens: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer_json: str, special_tokens: Sequence[str], *, remembers_words: bool = True
+    ) -> None:
         values = json.loads(tokenizer_json)
         values["truncation"] = values["padding"] = None
         rules = {
@@ -85,6 +91,7 @@ class Encoder:
         self._marks_start_after_special = after_special == self._plain("a")
         self._constants: dict[tuple[str, bool], list[int]] = {}  # ids of template text, known once
         self._pieces: dict[str, tuple[tuple[str, int | None], ...]] = {}
+        self._words = WordTable(self._tokenizer) if remembers_words and cuts_at_words(values) else None
 
     @classmethod
     def of(cls, tokenizer) -> "Encoder":
@@ -173,6 +180,8 @@ class Encoder:
         return pieces
 
     def _encode_runs(self, runs: list[_Run]) -> list[list[int]]:
+        if self._words is not None:
+            return self._words.encode_many(run.text for run in runs)
         texts = [_ANCHORS[0] + run.text if run.needs_anchor else run.text for run in runs]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         anchor = self._anchors[_ANCHORS[0]]

@@ -35,6 +35,7 @@ class ShardWriter:
     recipe: dict
     tokenizer_json: str
     special_tokens: tuple[str, ...]
+    remembers_words: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def write_shards_here(writer: ShardWriter, jobs: Iterable[Job]) -> Iterator[Job]
     """Write the shards in this process; yield each job when it is done."""
     recipe, encoder = (
         PromptRecipe.from_json(writer.recipe),
-        Encoder(writer.tokenizer_json, writer.special_tokens),
+        Encoder(writer.tokenizer_json, writer.special_tokens, remembers_words=writer.remembers_words),
     )
     for job in jobs:
         write_shard(writer.folder, job.key, job.conversations, recipe, encoder)
