@@ -32,7 +32,7 @@ from lorasmith.data.tokens import TokenizedExample, label, tokenizer_json, trunc
 from lorasmith.data.workers import Job, ShardWriter, count_cores, write_shards_here, write_shards_in_workers
 from lorasmith.errors import DataError, OverlongError
 
-SHARD_ROWS = 10_000
+SHARD_ROWS = 5_000
 ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it saves
 OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
 NO_ROOM = "no room for an answer"  # would leave without an answer
