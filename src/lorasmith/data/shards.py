@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk: a shard is the tokens of 10,000 examples, named by what they were made from.
+"""Tokenised rows on the disk: a shard is the tokens of 5,000 examples, named by what they were made from.
 
     <key>.npy    int32 [all tokens of the shard]; a token that is not learnt stands as its complement, ~id
     <key>.rows   int32 [rows]: number of tokens (-1: the recipe refused the row), number of learnt tokens;
