@@ -1,15 +1,14 @@
 """``lorasmith report``: what a run was like before and after, as one page, plain values and a model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.markup import escape
 
 from lorasmith.cli.asking import asking_progress
 from lorasmith.cli.console import console
-from lorasmith.errors import SettingsError
+from lorasmith.cli.run_file import override_report
 from lorasmith.evaluation.settings import ReportSettings
 
 if TYPE_CHECKING:
@@ -47,37 +46,9 @@ def command(
     from lorasmith.model.run_record import read_run_record
 
     recorded = read_run_record(run).settings.get("report", {})
-    make_page(run, read_settings(recorded, settings or (), data), merged=merged, base=base, device=device)
-
-
-def read_settings(recorded: dict[str, Any], overrides: Any, data: list[str] | None) -> ReportSettings:
-    """Return the run's settings of the report, overridden by ``report.key=value`` and --data.
-
-    Raises:
-        SettingsError: a name is unknown or a value wrong; names them all.
-    """
-    import yaml
-
-    values = dict(recorded)
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator:
-            raise SettingsError(
-                f'"{override}" is not of the form report.key=value, such as report.ship_right=0.9'
-            )
-        try:
-            values[name.removeprefix("report.")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[name.removeprefix("report.")] = text
     if data:
-        values["data"] = tuple(data)
-    try:
-        return ReportSettings.model_validate(values)
-    except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors()]
-        raise SettingsError(
-            "The report's settings are wrong:\n" + "\n".join(f"  - {f}" for f in faults)
-        ) from None
+        recorded = {**recorded, "data": data}
+    make_page(run, override_report(recorded, settings or ()), merged=merged, base=base, device=device)
 
 
 def make_page(
@@ -153,19 +124,3 @@ def print_verdict(report: "Report") -> None:
         )
     for note in report.notes:
         console.print(f"  [yellow]Note:[/] {escape(note)}")
-
-
-def _describe(fault: Any) -> str:
-    name = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        import difflib
-
-        near = difflib.get_close_matches(name, ReportSettings.model_fields, n=1)
-        hint = (
-            f"did you mean report.{near[0]}?"
-            if near
-            else f"there are {', '.join(ReportSettings.model_fields)}"
-        )
-        return f"there is no setting report.{name}; {hint}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"report.{name} is {fault['input']!r}: {message}" if name else message

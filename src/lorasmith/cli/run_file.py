@@ -73,22 +73,46 @@ def load_run_file(
         section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
         if name.startswith(ENVIRONMENT_PREFIX) and separator:
             _take(values, sources, f"{section}.{key}", _parse(f"{section}.{key}", text), name)
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator or name.count(".") != 1:
-            faults.append(f'"{override}" is not of the form section.key=value, for example training.epochs=3')
-        else:
-            _take(values, sources, name, _parse(name, text), "command line")
+    _take_overrides(overrides, values, sources, faults)
     try:
         run_file = RunFile.model_validate(values)
     except ValidationError as error:
         method = values.get("method", {}).get("name", "lora")
-        faults += [_describe(fault, sources, path, method) for fault in error.errors()]
+        faults += [_describe(fault, fault["loc"], sources, path, method) for fault in error.errors()]
         run_file = None
     if faults or run_file is None:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise SettingsError(f"{count} in the settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        raise _all_at_once(faults)
     return run_file
+
+
+def override_report(recorded: Mapping[str, Any], overrides: Sequence[str]) -> ReportSettings:
+    """Return the section ``report`` of a run's record, overridden by ``report.key=value``.
+
+    Raises:
+        SettingsError: a setting is unknown, of another section, or has a wrong value; names them all.
+    """
+    values: dict[str, dict[str, Any]] = {"report": dict(recorded)}
+    sources: dict[str, str] = {}
+    faults: list[str] = []
+    _take_overrides(overrides, values, sources, faults)
+    faults += [
+        f"command line: {name} is fixed since the training; only report.key=value can be set here"
+        for name in sources
+        if not name.startswith("report.")
+    ]
+    settings = None
+    try:
+        settings = ReportSettings.model_validate(values["report"])
+    except ValidationError as error:
+        faults += [_describe(fault, ("report", *fault["loc"]), sources, None, "") for fault in error.errors()]
+    if faults or settings is None:
+        raise _all_at_once(faults)
+    return settings
+
+
+def _all_at_once(faults: Sequence[str]) -> SettingsError:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return SettingsError(f"{count} in the settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
 def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob":
@@ -238,6 +262,17 @@ def _relative_to(folder: Path, value: Any) -> Any:
     return os.path.normpath(there) if os.path.exists(there) else value  # Path.exists raises on a long name
 
 
+def _take_overrides(
+    overrides: Sequence[str], values: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[str]
+) -> None:
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or name.count(".") != 1:
+            faults.append(f'"{override}" is not of the form section.key=value, for example training.epochs=3')
+        else:
+            _take(values, sources, name, _parse(name, text), "command line")
+
+
 def _take(
     values: dict[str, dict[str, Any]], sources: dict[str, str], name: str, value: Any, source: str
 ) -> None:
@@ -258,9 +293,11 @@ def _parse(name: str, text: str) -> Any:
         return text
 
 
-def _describe(fault: Any, sources: Mapping[str, str], path: str | Path | None, method: str) -> str:
-    """Return one pydantic fault in the words of a run file."""
-    place = [str(part) for part in fault["loc"]]
+def _describe(
+    fault: Any, loc: Sequence[Any], sources: Mapping[str, str], path: str | Path | None, method: str
+) -> str:
+    """Return one pydantic fault, found at ``loc``, in the words of a run file."""
+    place = [str(part) for part in loc]
     if place[0] == "method" and len(place) > 1:
         del place[1]  # pydantic's name of the method's class stands between section and key
     name = ".".join(place[:2])

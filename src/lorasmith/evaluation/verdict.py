@@ -109,7 +109,7 @@ def judge_right(
         return Reason(
             "Right answers",
             "look closer",
-            f"{right.n} held-out questions are too few to tell",
+            f"{right.n} held-out question{' is' if right.n == 1 else 's are'} too few to tell",
             f"{said}. Too few to tell: {settings.min_questions} questions are needed for the verdict ship.{hints}",
         )
     if right.share < settings.ship_right:
