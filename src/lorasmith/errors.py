@@ -14,6 +14,7 @@
     |   `-- ResumeError        a checkpoint cannot be continued from with the same result
     |-- MergeError             the merged model parts from base + adapter
     |-- EndpointError          an endpoint that is evaluated cannot be asked
+    |-- CloudError             SkyPilot or a cloud's tool is missing, refuses or fails
     `-- MissingExtraError      an optional part is not installed
 
 The text of each says what came, what was needed, and the way out. ``assert`` is for our own invariants only.
@@ -83,6 +84,10 @@ class MergeError(LorasmithError):
 
 class EndpointError(LorasmithError):
     """Raised when an OpenAI-compatible endpoint cannot be reached, refuses, or answers as none does."""
+
+
+class CloudError(LorasmithError):
+    """Raised when SkyPilot or a cloud's own tool is missing, refuses what is asked, or fails."""
 
 
 class MissingExtraError(LorasmithError):

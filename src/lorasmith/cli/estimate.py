@@ -47,7 +47,7 @@ def command(
     path = words.pop(0) if "=" not in words[0] else None
     run_file = load_run_file(path, words)
     if gpu:
-        estimates, disk = _compute(run_file, gpu)
+        estimates, disk = estimate_on_gpus(run_file, gpu)
     else:
         estimates, disk = _measure(run_file, quiet=as_json)
     free_disk = shutil.disk_usage(_existing(Path(run_file.run.root))).free
@@ -77,7 +77,8 @@ def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[
     return [found], disk_needed(job.model, job.dataset, job.training, validates=job.validation is not None)
 
 
-def _compute(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dict[str, int]]:
+def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dict[str, int]]:
+    """Return what the run takes on each ``NAME[:N]``, computed without weights, and the disk that it needs."""
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base

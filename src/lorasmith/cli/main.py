@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("Measure a run, a model folder or an endpoint on questions with known answers.", "The road"),
     "merge": ("Fold an adapter into its base, and prove that the answers stay the same.", "The road"),
     "serve": ("Serve runs behind OpenAI's API, many adapters on one base.", "The road"),
+    "launch": (
+        "Train on a rented machine: a quote first, then SkyPilot; status, logs, down, fetch.",
+        "The road",
+    ),
     "runs": ("List the runs on this machine.", "Look"),
     "doctor": ("Say what this machine has, what is missing, and what mends it.", "Look"),
     "demo": ("The whole road on the handbook example: check, train, ask, merge, report.", "Start"),

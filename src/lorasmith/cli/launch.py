@@ -1,0 +1,371 @@
+"""``lorasmith launch``: the same run on a rented machine; what it costs is said before anything is rented."""
+
+import getpass
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from lorasmith.cli.console import console
+from lorasmith.cli.estimate import estimate_on_gpus
+from lorasmith.cli.run_file import RunFile, load_run_file
+from lorasmith.cli.train import choose_run_dir
+from lorasmith.cloud import launch as sky
+from lorasmith.cloud.fetch import fetch
+from lorasmith.cloud.quote import (
+    SECONDS_AROUND,
+    Quote,
+    budget_seconds,
+    cheapest,
+    name_in_catalog,
+    name_in_table,
+)
+from lorasmith.cloud.records import LaunchRecord, find_record, read_records, write_record
+from lorasmith.cloud.task import Bucket, Launch, make_task
+from lorasmith.cloud.workdir import fill_workdir
+from lorasmith.errors import RunError, SettingsError
+from lorasmith.model.gpus import find_gpu
+from lorasmith.model.settings import BUILT_IN
+
+CONTEXT_SETTINGS = {"ignore_unknown_options": False}
+_ACTIONS = ("status", "logs", "down", "fetch")
+_TRIED_GPUS = ("T4", "L4", "A10G", "L40S", "A100", "A100-80GB", "H100")  # where --gpu names none
+_SCHEME_OF_CLOUD = {"aws": "s3", "gcp": "gs"}
+_KEYS = "LORASMITH_API_KEYS"  # what lorasmith serve asks of those who come over the network
+
+
+def command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN.yaml [SECTION.KEY=VALUE]... | status | logs [NAME] | down [NAME] | fetch [NAME]",
+            help="A run file and settings, as for lorasmith train; or what to do about a launch.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:N]",
+            help="GPUs of one machine, such as L4:1; may be given several times, the cheapest is taken. "
+            f"Default: one of {', '.join(_TRIED_GPUS)}, whichever does the run for the least money.",
+        ),
+    ] = None,
+    cloud: Annotated[
+        list[str] | None,
+        typer.Option(help="Rent only there: aws, gcp, lambda, kubernetes ...; may be given several times."),
+    ] = None,
+    spot: Annotated[
+        bool,
+        typer.Option("--spot", help="Rent spot machines: cheaper; when one is taken away, another goes on."),
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, joined by torchrun.")] = 1,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DOLLARS", min=0.01, help="End the run, saved, when this much rent has been used."
+        ),
+    ] = None,
+    bucket: Annotated[
+        str | None,
+        typer.Option(
+            metavar="s3://NAME|gs://NAME",
+            help="Where the run is kept. Default: one of yours in the rented cloud.",
+        ),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Environment variable that the run needs there; HF_TOKEN goes along by itself.",
+        ),
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Serve the result on that machine afterwards, until --max-cost is used."
+        ),
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port of --serve.")] = 8000,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Launch a run again; it goes on from its copy in the bucket.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the quote and the task; rent nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before money is spent.")] = False,
+    install: Annotated[
+        bool, typer.Option("--install", help="Put SkyPilot into an environment of its own, and end.")
+    ] = False,
+    root: Annotated[Path, typer.Option(help="Folder of runs, for status, logs, down and fetch.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Train on a rented machine by SkyPilot: a quote first, then the job; fetch brings the run home.
+
+    status lists what was launched from here, logs shows what the machine says, down ends the rent.
+    """
+    words = list(arguments or ())
+    if install:
+        _install()
+    elif words and words[0] in _ACTIONS:
+        _act(words[0], words[1:], root)
+    elif not words:
+        raise SettingsError("Nothing to launch: name a run file. What there is to do about a launch: --help")
+    else:
+        path = words.pop(0) if "=" not in words[0] else None
+        run_file = load_run_file(path, words)
+        if serve:
+            _check_serve(nodes, spot, max_cost)
+        quotes = _quote(run_file, gpu, cloud, nodes, spot)
+        launch = Launch(
+            name=choose_run_dir(run_file).name,
+            bucket=Bucket.parse(bucket or _default_bucket(quotes[0])),
+            nodes=nodes,
+            needs_built_in=run_file.base.model == BUILT_IN,
+            secrets=_secrets(secret or [], serve),
+            serve_port=port if serve else None,
+            budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
+        )
+        runs = Path(run_file.run.root)
+        if not dry_run:
+            _check_new(launch.name, runs, resume)
+        with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
+            fill_workdir(
+                Path(folder),
+                run_file.model_dump(mode="json", exclude_defaults=True),
+                _extras(run_file, serve),
+            )
+            _start(launch, quotes, folder, runs, max_cost, dry_run=dry_run, asks=not yes)
+
+
+def _quote(
+    run_file: RunFile, gpu: list[str] | None, clouds: list[str] | None, nodes: int, spot: bool
+) -> list[Quote]:
+    """Print and return the cheapest offers for the run."""
+    machines: dict[str, str] = {}  # as SkyPilot names it -> as model/gpus.py names the GPUs of all nodes
+    for words in gpu or _TRIED_GPUS:
+        kind, count = find_gpu(name_in_table(words))
+        machines[f"{name_in_catalog(kind.name)}:{count}"] = f"{kind.name}:{count * nodes}"
+    reachable = sky.list_clouds()
+    wanted = [name.lower() for name in clouds or reachable]
+    if missing := [name for name in wanted if name not in reachable]:
+        raise SettingsError(
+            f"--cloud {missing[0]}: SkyPilot has credentials for {', '.join(reachable)}. What is missing: "
+            f"{sky.find_sky()} check {missing[0]}"
+        )
+    estimates, _ = estimate_on_gpus(run_file, list(machines.values()))
+    seconds = {
+        machine: estimate.seconds
+        for machine, estimate in zip(machines, estimates, strict=True)
+        if estimate.seconds is not None
+    }
+    if not seconds:
+        most = max(estimate.memory_bytes for estimate in estimates) / 2**30
+        least = min(estimate.peak_bytes for estimate in estimates) / 2**30
+        raise SettingsError(
+            f"The run fits none of {', '.join(machines)}: it takes {least:.1f} GiB and the largest has {most:.1f}. "
+            "See what takes it: lorasmith estimate RUN.yaml --gpu NAME"
+        )
+    quotes = cheapest(sky.find_offers(list(seconds), wanted, spot=spot), seconds, nodes)
+    if not quotes:
+        raise SettingsError(
+            f"{', '.join(wanted)} {'have' if len(wanted) > 1 else 'has'} no {'spot ' if spot else ''}machine with "
+            f"{' or '.join(seconds)} in SkyPilot's catalog. Try another --gpu, or without --spot or --cloud."
+        )
+    _print_quotes(quotes)
+    return quotes
+
+
+def _print_quotes(quotes: Sequence[Quote]) -> None:
+    from lorasmith.training.estimate import in_words
+
+    table = Table("machine", "where", box=None, pad_edge=False)
+    for name in ("an hour", "training", "in all"):
+        table.add_column(name, justify="right")
+    for quote in quotes:
+        count = f"{quote.nodes} x " if quote.nodes > 1 else ""
+        table.add_row(
+            f"[bold]{count}{quote.offer.machine}[/]{' spot' if quote.offer.spot else ''}",
+            escape(quote.offer.infra),
+            f"${quote.hourly:.2f}",
+            " to ".join(dict.fromkeys(in_words(seconds) for seconds in quote.seconds)),
+            "[bold]" + " to ".join(dict.fromkeys(f"${cost:.2f}" for cost in quote.cost)) + "[/]",
+        )
+    console.print(table)
+    console.print(
+        "Prices: SkyPilot's catalog. Times: computed, not measured (lorasmith estimate), and "
+        f"{SECONDS_AROUND // 60} minutes for booting, installing and clearing up. Not in it: the bucket, traffic, "
+        "the report after training, machines that are replaced, and the small CPU machine on which SkyPilot watches "
+        "the job."
+    )
+
+
+def _budget(max_cost: float, quotes: Sequence[Quote]) -> float:
+    seconds = budget_seconds(max_cost, quotes)
+    if seconds is None:
+        raise SettingsError(
+            "--max-cost: these machines cost nothing in SkyPilot's catalog, so nothing can be counted."
+        )
+    if seconds < 1.5 * SECONDS_AROUND:
+        raise SettingsError(
+            f"--max-cost {max_cost:g} rents the dearest of these machines for {seconds / 60:.0f} minutes, of which "
+            f"booting and installing take about {SECONDS_AROUND // 60}. Allow more."
+        )
+    least = min(quote.cost[0] for quote in quotes)
+    if max_cost < least:
+        console.print(
+            f"[yellow]Warning:[/] --max-cost {max_cost:g} is less than the ${least:.2f} that the run takes at the "
+            "least. It will be stopped on the way; --resume goes on."
+        )
+    return seconds
+
+
+def _check_serve(nodes: int, spot: bool, max_cost: float | None) -> None:
+    if nodes > 1 or spot:
+        raise SettingsError(
+            "--serve keeps one machine: a spot machine would be taken away from those who ask, and nothing watches "
+            "it. Leave --spot and --nodes out."
+        )
+    if max_cost is None:
+        raise SettingsError(
+            "--serve does not end by itself. Say how much rent it may use: --max-cost DOLLARS"
+        )
+    if not os.environ.get(_KEYS):
+        raise SettingsError(
+            f"--serve opens a port to everybody. Put keys into {_KEYS}, separated by commas; they travel as a secret."
+        )
+
+
+def _secrets(named: Sequence[str], serve: bool) -> tuple[str, ...]:
+    if missing := [name for name in named if name not in os.environ]:
+        raise SettingsError(f"--secret {missing[0]}: there is no environment variable of that name.")
+    found = ["HF_TOKEN"] if "HF_TOKEN" in os.environ else []
+    return tuple(dict.fromkeys([*found, *([_KEYS] if serve else []), *named]))
+
+
+def _extras(run_file: RunFile, serve: bool) -> list[str]:
+    """Return the extras of lorasmith that the run needs there."""
+    sources = [path for path in (run_file.data.train, run_file.data.validation) if path is not None]
+    found = [*run_file.run.trackers, *(["serve"] if serve else [])]
+    if any(not Path(source).exists() for source in sources):
+        found.append("hub-data")
+    if any(source.endswith(".parquet") or any(Path(source).glob("*.parquet")) for source in sources):
+        found.append("parquet")
+    return found
+
+
+def _default_bucket(quote: Quote) -> str:
+    scheme = _SCHEME_OF_CLOUD.get(quote.offer.cloud)
+    if scheme is None:
+        raise SettingsError(
+            f"{quote.offer.cloud} has no bucket of its own for the run's checkpoints. Name one that you have access "
+            "to: --bucket s3://NAME or gs://NAME"
+        )
+    owner = f"{getpass.getuser()}@{platform.node()}"  # names of buckets are shared by the whole world
+    return f"{scheme}://lorasmith-{hashlib.sha256(owner.encode()).hexdigest()[:16]}"
+
+
+def _check_new(name: str, root: Path, resume: bool) -> None:
+    known = any(record.name == name for record in read_records(root))
+    if known and not resume:
+        raise RunError(
+            f"{name} was launched from here before. See how it is: lorasmith launch status. To go on from its copy in "
+            "the bucket: --resume. For another run, choose another name: run.name=NAME."
+        )
+    if resume and not known:
+        raise RunError(f"Nothing called {name} was launched from here, so there is nothing to go on with.")
+
+
+def _start(
+    launch: Launch,
+    quotes: Sequence[Quote],
+    folder: str,
+    root: Path,
+    max_cost: float | None,
+    *,
+    dry_run: bool,
+    asks: bool,
+) -> None:
+    task = make_task(launch, quotes, folder)
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    console.print(
+        f"Upload: {len(files):,} files, {size / 2**20:.1f} MiB. Bucket: {launch.bucket.url}/{launch.name}"
+    )
+    if max_cost is not None and launch.budget_seconds is not None:
+        console.print(
+            f"--max-cost ${max_cost:g}: at the dearest of these prices {launch.budget_seconds / 3600:.1f} hours of "
+            "rent, of all starts together. The machine itself ends the run then, saved."
+        )
+    if dry_run:
+        console.print(
+            f"SkyPilot would rent: [bold]{escape(sky.check_task(task))}[/]. Nothing was rented. The task:"
+        )
+        print(yaml.safe_dump(task, sort_keys=False, width=120), end="")
+        return
+    if asks:
+        if not sys.stdin.isatty():
+            raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
+        typer.confirm(f"Rent {quotes[0].offer.machine}, or one of the other offers above?", abort=True)
+    write_record(root, LaunchRecord.of(launch))
+    sky.start(launch, task)
+    console.print(
+        f"Launched [bold]{escape(launch.name)}[/]. Next: lorasmith launch status | logs | down | fetch "
+        f"{escape(launch.name)}"
+    )
+
+
+def _act(action: str, words: Sequence[str], root: Path) -> None:
+    if len(words) > 1:
+        raise SettingsError(f"lorasmith launch {action} takes one name, not {len(words)}.")
+    if action == "status":
+        _print_records(root)
+        machines, jobs = sky.run_sky(["status"]), sky.run_sky(["jobs", "queue"])
+        raise typer.Exit(machines or jobs)
+    record = find_record(root, words[0] if words else None)
+    if action == "fetch":
+        run_dir = fetch(record, root)
+        console.print(f"The run is here: [bold]{escape(str(run_dir))}[/]. Look at it: lorasmith runs")
+    elif action == "logs":
+        raise typer.Exit(
+            sky.run_sky(["jobs", "logs", "--name", record.job] if record.managed else ["logs", record.job])
+        )
+    else:
+        named = ["jobs", "cancel", "--name", record.job] if record.managed else ["down", record.job]
+        raise typer.Exit(sky.run_sky([*named, "--yes"]))
+
+
+def _print_records(root: Path) -> None:
+    records: list[Any] = read_records(root)
+    if not records:
+        raise RunError(f"Nothing was launched from {root}. Another folder of runs: --root DIR.")
+    table = Table("launch", "SkyPilot's name", "copy", "launched (UTC)", box=None, pad_edge=False)
+    for record in records:
+        kind = "job" if record.managed else "machine"
+        table.add_row(
+            f"[bold]{escape(record.name)}[/]",
+            f"{kind} {escape(record.job)}",
+            escape(f"{record.bucket}/{record.name}"),
+            record.launched[:16].replace("T", " "),
+        )
+    console.print(table)
+
+
+def _install() -> None:
+    for words in sky.install_commands():
+        console.print(f"[dim]{escape(shlex.join(words))}[/]", soft_wrap=True)
+        subprocess.run(words, check=True)
+    console.print(
+        f"SkyPilot is installed. Next, your cloud's credentials: [bold]{sky.private_environment()}/bin/sky check[/]"
+    )

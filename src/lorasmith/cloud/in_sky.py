@@ -1,0 +1,87 @@
+"""Answer one question by SkyPilot: run by the Python of SkyPilot's environment (launch.py), never imported.
+
+    python in_sky.py VERB < question.json > answer.json
+
+Nothing of lorasmith is imported here, since that environment has nothing of it.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from typing import Any
+
+import sky  # pyright: ignore[reportMissingImports]
+from sky.client import sdk  # pyright: ignore[reportMissingImports]
+
+
+def clouds(question: dict[str, Any]) -> list[str]:
+    """Return the clouds that SkyPilot has credentials for."""
+    return sorted(cloud.lower() for cloud in sdk.get(sdk.enabled_clouds()))
+
+
+def offers(question: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lowest price of each of ``machines`` (such as L4:1) in each region of ``clouds``."""
+    wanted = {tuple(machine.rsplit(":", 1)) for machine in question["machines"]}
+    names = "|".join(sorted(re.escape(name) for name, _ in wanted))
+    listed = sdk.get(
+        sdk.list_accelerators(
+            name_filter=f"^({names})$", clouds=question["clouds"], all_regions=True, case_sensitive=False
+        )
+    )
+    cheapest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in (row for rows in listed.values() for row in rows):
+        price = row.spot_price if question["spot"] else row.price
+        if (
+            (row.accelerator_name, f"{row.accelerator_count:g}") not in wanted
+            or price is None
+            or math.isnan(price)
+        ):
+            continue
+        found = {
+            "cloud": row.cloud.lower(),
+            "region": row.region,
+            "gpu": row.accelerator_name,
+            "num_gpus": int(row.accelerator_count),
+            "hourly": float(price),
+            "spot": question["spot"],
+        }
+        place = (found["cloud"], found["region"], found["gpu"], str(found["num_gpus"]))
+        if place not in cheapest or price < cheapest[place]["hourly"]:
+            cheapest[place] = found
+    return list(cheapest.values())
+
+
+def check(question: dict[str, Any]) -> str:
+    """Return the machine that SkyPilot's optimizer would rent for ``task``; nothing is rented."""
+    with sky.Dag() as dag:
+        dag.add(_task(question))
+    (task,) = sdk.get(sdk.optimize(dag)).tasks
+    best = task.best_resources
+    return f"{best.cloud} {best.region} {best.instance_type}"
+
+
+def launch(question: dict[str, Any]) -> None:
+    """Start ``task`` under ``name``: watched by SkyPilot (``managed``), or on a machine that stays until it is idle."""
+    task, name = _task(question), question["name"]
+    if question["managed"]:
+        request = sky.jobs.launch(task, name=name)
+    else:
+        request = sdk.launch(
+            task, cluster_name=name, idle_minutes_to_autostop=question["idle_minutes"], down=True
+        )
+    sdk.stream_and_get(request)
+
+
+def _task(question: dict[str, Any]) -> Any:
+    """Return the task with the values of its secrets; ``Task.update_secrets`` would lose them at the launch."""
+    secrets = [(name, os.environ[name]) for name in question["task"].get("secrets", ())]
+    return sky.Task.from_yaml_config(question["task"], secrets_overrides=secrets)
+
+
+if __name__ == "__main__":
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # SkyPilot prints its progress; standard output is for the answer alone
+    verb = {"clouds": clouds, "offers": offers, "check": check, "launch": launch}[sys.argv[1]]
+    json.dump(verb(json.load(sys.stdin)), answer)
