@@ -146,7 +146,9 @@ def command(
                 run_file.model_dump(mode="json", exclude_defaults=True),
                 _extras(run_file, serve),
             )
-            _start(launch, quotes, folder, runs, max_cost, dry_run=dry_run, asks=not yes)
+            base = Path(run_file.base.model).expanduser()
+            uploaded = str(base.resolve()) if base.exists() and not launch.needs_built_in else None
+            _start(launch, quotes, folder, runs, uploaded, max_cost, dry_run=dry_run, asks=not yes)
 
 
 def _quote(
@@ -258,6 +260,8 @@ def _extras(run_file: RunFile, serve: bool) -> list[str]:
     """Return the extras of lorasmith that the run needs there."""
     sources = [path for path in (run_file.data.train, run_file.data.validation) if path is not None]
     found = [*run_file.run.trackers, *(["serve"] if serve else [])]
+    if run_file.base.quantization != "none":
+        found.append("quantized")
     if any(not Path(source).exists() for source in sources):
         found.append("hub-data")
     if any(source.endswith(".parquet") or any(Path(source).glob("*.parquet")) for source in sources):
@@ -292,6 +296,7 @@ def _start(
     quotes: Sequence[Quote],
     folder: str,
     root: Path,
+    base: str | None,
     max_cost: float | None,
     *,
     dry_run: bool,
@@ -309,21 +314,30 @@ def _start(
             "rent, of all starts together. The machine itself ends the run then, saved."
         )
     if dry_run:
-        console.print(
-            f"SkyPilot would rent: [bold]{escape(sky.check_task(task))}[/]. Nothing was rented. The task:"
-        )
-        print(yaml.safe_dump(task, sort_keys=False, width=120), end="")
+        print(sky.check_task(task), end="\n\n")
+        console.print("Nothing was rented. The task:")
+        print(yaml.dump(task, Dumper=_Readable, sort_keys=False, width=120), end="")
         return
     if asks:
         if not sys.stdin.isatty():
             raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
         typer.confirm(f"Rent {quotes[0].offer.machine}, or one of the other offers above?", abort=True)
-    write_record(root, LaunchRecord.of(launch))
+    write_record(root, LaunchRecord.of(launch, base))
     sky.start(launch, task)
     console.print(
         f"Launched [bold]{escape(launch.name)}[/]. Next: lorasmith launch status | logs | down | fetch "
         f"{escape(launch.name)}"
     )
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes a script as it is, line by line."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Readable.add_representer(str, _Readable.represent_str)
 
 
 def _act(action: str, words: Sequence[str], root: Path) -> None:

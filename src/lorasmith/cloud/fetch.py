@@ -20,7 +20,7 @@ def fetch(record: LaunchRecord, root: Path) -> Path:
 
     Raises:
         RunError: a folder of that name is there already, or the bucket has nothing of the run yet.
-        CloudError: the cloud's tool is missing or fails, or the adapter that it brought is damaged.
+        CloudError: the cloud's tool is missing or fails, or what was trained is not whole there.
     """
     run_dir = root / record.name
     if run_dir.exists():
@@ -33,6 +33,8 @@ def fetch(record: LaunchRecord, root: Path) -> Path:
             raise RunError(f"{record.bucket}/{record.name} has no run yet. See: lorasmith launch status")
         furthest = max(found, key=lambda copy: (_is_finished(copy), (copy / "run.json").stat().st_mtime))
         _drop_what_is_not_whole(furthest)
+        if record.base is not None:
+            _name_base(furthest / "run.json", record.base)
         with whole_folder(run_dir) as part:
             shutil.copytree(furthest, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     return run_dir
@@ -52,15 +54,23 @@ def _is_finished(copy: Path) -> bool:
     return json.loads((copy / "run.json").read_text(encoding="utf-8")).get("result") is not None
 
 
+def _name_base(run_json: Path, base: str) -> None:
+    """Let the record name the base where it lies here; its fingerprint still says which weights it must have."""
+    record = json.loads(run_json.read_text(encoding="utf-8"))
+    record["base"]["id"] = base
+    run_json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def _drop_what_is_not_whole(copy: Path) -> None:
     for checkpoint in copy.glob("checkpoints/step-*"):
         if find_damage(checkpoint, needed=()):
             shutil.rmtree(checkpoint)
-    adapter = copy / "adapter"
-    if adapter.is_dir() and (damage := find_damage(adapter, needed=())):
-        if _is_finished(copy):
+    for trained in (copy / "adapter", copy / "model"):  # of the two a run has one
+        damage = find_damage(trained, needed=()) if trained.is_dir() else []
+        if damage and _is_finished(copy):
             raise CloudError(
-                f"The adapter in the bucket is not whole: {', '.join(damage)}. If the job is still ending, fetch "
-                "again in a minute."
+                f"The {trained.name} in the bucket is not whole: {', '.join(damage)}. If the job is still ending, "
+                "fetch again in a minute."
             )
-        shutil.rmtree(adapter)
+        if damage:
+            shutil.rmtree(trained)

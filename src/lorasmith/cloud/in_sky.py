@@ -5,6 +5,7 @@
 Nothing of lorasmith is imported here, since that environment has nothing of it.
 """
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import sky  # pyright: ignore[reportMissingImports]
 from sky.client import sdk  # pyright: ignore[reportMissingImports]
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def clouds(question: dict[str, Any]) -> list[str]:
@@ -54,12 +57,13 @@ def offers(question: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check(question: dict[str, Any]) -> str:
-    """Return the machine that SkyPilot's optimizer would rent for ``task``; nothing is rented."""
-    with sky.Dag() as dag:
-        dag.add(_task(question))
-    (task,) = sdk.get(sdk.optimize(dag)).tasks
-    best = task.best_resources
-    return f"{best.cloud} {best.region} {best.instance_type}"
+    """Return SkyPilot's plan for ``task``, as its optimizer prints it; nothing is rented."""
+    dag = sky.Dag()
+    dag.add(_task(question))
+    sdk.validate(dag)
+    plan = io.StringIO()
+    sdk.stream_and_get(sdk.optimize(dag), output_stream=plan)
+    return _COLOUR.sub("", plan.getvalue()).strip()
 
 
 def launch(question: dict[str, Any]) -> None:
@@ -81,6 +85,7 @@ def _task(question: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
+    sys.tracebacklimit = 0  # SkyPilot's faults say themselves what is wrong
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # SkyPilot prints its progress; standard output is for the answer alone
     verb = {"clouds": clouds, "offers": offers, "check": check, "launch": launch}[sys.argv[1]]

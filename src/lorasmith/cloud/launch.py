@@ -1,6 +1,6 @@
 """SkyPilot, called in an environment of its own: its pins (click<8.2, uvicorn<0.36) exclude ours.
 
-It is looked for at LORASMITH_SKY (an environment, or its bin/sky), then as ``sky`` on the PATH, then where
+It is looked for at LORASMITH_SKY (an environment, or its bin/sky), on the PATH, beside this Python, then where
 ``lorasmith launch --install`` puts it.
 """
 
@@ -52,7 +52,8 @@ def find_sky() -> Path:
                 f"{VARIABLE} is {named}, and there is no {sky}. Name SkyPilot's environment, or unset it."
             )
         return sky
-    found = shutil.which("sky") or shutil.which("sky", path=str(private_environment() / "bin"))
+    places = (os.environ.get("PATH", ""), Path(sys.executable).parent, private_environment() / "bin")
+    found = shutil.which("sky", path=os.pathsep.join(map(str, places)))
     if found is None:
         raise CloudError(
             "SkyPilot, which rents the machines, is not installed. It needs an environment of its own:\n"
@@ -88,7 +89,7 @@ def find_offers(machines: Sequence[str], clouds: Sequence[str], *, spot: bool) -
 
 
 def check_task(task: dict[str, Any]) -> str:
-    """Return the machine that SkyPilot would rent for ``task``; nothing is rented.
+    """Return SkyPilot's plan for ``task``, in its own words; nothing is rented.
 
     Raises:
         CloudError: SkyPilot refuses the task, or finds no such machine.

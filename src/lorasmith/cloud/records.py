@@ -20,13 +20,14 @@ class LaunchRecord:
     job: str  # as SkyPilot names the managed job, or the machine that serves
     managed: bool
     bucket: str  # s3://NAME
-    launched: str
+    launched: str  # ISO 8601, UTC
+    base: str | None  # the folder or file of here that was uploaded as the base
 
     @classmethod
-    def of(cls, launch: Launch) -> "LaunchRecord":
+    def of(cls, launch: Launch, base: str | None) -> "LaunchRecord":
         """Return the record of a launch that begins now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(launch.name, launch.job, launch.is_managed, launch.bucket.url, now)
+        return cls(launch.name, launch.job, launch.is_managed, launch.bucket.url, now, base)
 
 
 def write_record(root: Path, record: LaunchRecord) -> None:

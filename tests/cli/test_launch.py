@@ -1,0 +1,236 @@
+"""``lorasmith launch`` up to SkyPilot's door: a script stands there that answers as told and notes what it is asked.
+
+What SkyPilot itself says to the task is in tests/cloud/test_skypilot.py.
+"""
+
+import json
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lorasmith.cli import main
+from lorasmith.cloud.records import read_records
+from lorasmith.errors import CloudError, LorasmithError, RunError, SettingsError
+
+PYTHON = """#!{python}
+import json, pathlib, sys
+here = pathlib.Path("{folder}")
+question, verb = json.load(sys.stdin), sys.argv[2]
+with (here / "asked.jsonl").open("a") as log:
+    log.write(json.dumps([verb, question]) + "\\n")
+answers = json.loads((here / "answers.json").read_text())
+if verb not in answers:
+    sys.exit("sky.exceptions.ResourcesUnavailableError: " + verb)
+json.dump(answers[verb], sys.stdout)
+"""
+SKY = '#!/bin/sh\necho "$@" >> {folder}/sky.log\nexit 7\n'
+
+
+def offer(cloud, region, hourly, gpu="L4", spot=False):
+    return {"cloud": cloud, "region": region, "gpu": gpu, "num_gpus": 1, "hourly": hourly, "spot": spot}
+
+
+ANSWERS = {
+    "clouds": ["aws", "gcp"],
+    "offers": [
+        offer("gcp", "us-central1", 0.71),
+        offer("aws", "us-east-1", 0.8),
+        offer("aws", "eu-west-1", 0.9),
+        offer("aws", "ap-south-1", 4.4, "H100"),
+    ],
+    "check": "Considered resources (1 node): L4",
+    "launch": None,
+}
+
+
+class Sky:
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        for name, text in (("python", PYTHON), ("sky", SKY)):
+            (folder / "bin" / name).write_text(text.format(python=sys.executable, folder=folder))
+            (folder / "bin" / name).chmod(0o755)
+        self.answer(**ANSWERS)
+
+    def answer(self, **answers):
+        (self.folder / "answers.json").write_text(json.dumps(answers))
+
+    @property
+    def asked(self):
+        lines = (self.folder / "asked.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def told(self):
+        return (self.folder / "sky.log").read_text().splitlines()
+
+
+@pytest.fixture
+def sky(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASMITH_SKY", str(tmp_path / "sky"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return Sky(tmp_path / "sky")
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, answer=None):
+        words = ("launch", *words)
+        monkeypatch.setattr("sys.argv", ["lorasmith", *words])
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(main.app, list(words), input=answer)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def words(tmp_path, tiny_base_folder):
+    rows = [{"instruction": f"What is number {i}?", "output": f"It is the {i * 7}th."} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return (f"base.model={tiny_base_folder}", "data.train=rows.json", "run.name=faq")
+
+
+def test_a_dry_run_quotes_the_three_cheapest_and_prints_the_task(launch, words, sky, tmp_path):
+    result = launch(*words, "--gpu", "L4:1", "--gpu", "H100", "--max-cost", "5", "--dry-run")
+    assert result.exit_code == 0
+    before, _, task = result.output.partition("The task:\n")
+    rows = [line.split() for line in before.splitlines() if line.startswith("L4:1")]
+    assert [(row[1], row[2]) for row in rows] == [
+        ("gcp/us-central1", "$0.71"),
+        ("aws/us-east-1", "$0.80"),
+        ("aws/eu-west-1", "$0.90"),
+    ]
+    assert "Bucket: gs://lorasmith-" in before
+    assert "--max-cost $5: at the dearest of these prices 5.6 hours of rent" in before
+    assert "Considered resources (1 node): L4\n\nNothing was rented." in before
+    task = yaml.safe_load(task)
+    assert [one["infra"] for one in task["resources"]["any_of"]] == [row[1] for row in rows]
+    assert task["envs"]["LORASMITH_BUDGET_SECONDS"] == 20000
+    assert "run: |\n  set -euo pipefail\n" in result.output
+    assert [verb for verb, _ in sky.asked] == ["clouds", "offers", "check"]
+    assert sky.asked[1][1] == {"machines": ["L4:1", "H100:1"], "clouds": ["aws", "gcp"], "spot": False}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_money_is_spent_after_a_yes_only(launch, words, sky, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match="Nobody can be asked .* Say --yes"):
+        launch(*words, "--gpu", "L4:1")
+    assert [verb for verb, _ in sky.asked] == ["clouds", "offers"]
+    assert not read_records(tmp_path / "runs")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    result = launch(*words, "--gpu", "L4:1", "--cloud", "aws", "--yes")
+    assert result.exit_code == 0
+    assert "Launched faq. Next: lorasmith launch status | logs | down | fetch faq" in result.output
+    verb, question = sky.asked[-1]
+    assert verb == "launch"
+    assert (question["name"], question["managed"]) == ("lorasmith-faq", True)
+    assert question["task"]["secrets"] == {"HF_TOKEN": None}
+    assert "hf_very_secret" not in (sky.folder / "asked.jsonl").read_text()
+    (record,) = read_records(tmp_path / "runs")
+    assert (record.name, record.job, record.managed) == ("faq", "lorasmith-faq", True)
+    assert record.base == words[0].partition("=")[2]
+
+    with pytest.raises(RunError, match="faq was launched from here before.*--resume.*run.name=NAME"):
+        launch(*words, "--gpu", "L4:1", "--yes")
+    assert launch(*words, "--gpu", "L4:1", "--yes", "--resume").exit_code == 0
+
+
+def test_a_launch_is_looked_after_by_sky(launch, words, sky):
+    launch(*words, "--gpu", "L4:1", "--yes")
+    status = launch("status")
+    assert "job lorasmith-faq" in status.output
+    assert launch("logs").exit_code == 7
+    launch("down", "faq")
+    assert sky.told == [
+        "status",
+        "jobs queue",
+        "jobs logs --name lorasmith-faq",
+        "jobs cancel --name lorasmith-faq --yes",
+    ]
+    with pytest.raises(RunError, match="Nothing called other was launched from here"):
+        launch("down", "other")
+    with pytest.raises(SettingsError, match="launch down takes one name, not 2"):
+        launch("down", "one", "two")
+    with pytest.raises(RunError, match="Nothing was launched from elsewhere"):
+        launch("status", "--root", "elsewhere")
+
+
+def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monkeypatch):
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    launch(*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--yes")
+    _, question = sky.asked[-1]
+    assert question["managed"] is False
+    assert question["task"]["secrets"] == {"LORASMITH_API_KEYS": None}
+    assert question["task"]["resources"]["any_of"][0]["ports"] == 8000
+    launch("logs")
+    launch("down")
+    assert sky.told == ["logs lorasmith-faq", "down lorasmith-faq --yes"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--cloud", "azure"), r"--cloud azure: SkyPilot has credentials for aws, gcp\. .*sky check azure"),
+        (("--gpu", "L5"), "L5"),
+        (("--max-cost", "0.1"), "rents the dearest .* for 7 minutes, of which .* about 10. Allow more"),
+        (("--secret", "NO_SUCH"), "--secret NO_SUCH: there is no environment variable of that name"),
+        (("--bucket", "s3://team/folder"), "a bucket is named s3://NAME"),
+        (("--serve", "--spot"), "Leave --spot and --nodes out"),
+        (("--serve",), "Say how much rent it may use: --max-cost"),
+        (("--serve", "--max-cost", "4"), "Put keys into LORASMITH_API_KEYS"),
+        (("--resume",), "Nothing called faq was launched from here, so there is nothing to go on with"),
+        (("base.device=cpu",), "base.device is cpu, which a rented GPU is not"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_rented(launch, words, sky, monkeypatch, more, said):
+    monkeypatch.delenv("LORASMITH_API_KEYS", raising=False)
+    gpu = () if "--gpu" in more else ("--gpu", "L4:1")
+    with pytest.raises(LorasmithError, match=said):
+        launch(*words, *gpu, *more, "--yes")
+    asked = sky.asked if (sky.folder / "asked.jsonl").exists() else []
+    assert "launch" not in [verb for verb, _ in asked]
+
+
+def test_clouds_without_such_machines_are_named(launch, words, sky):
+    sky.answer(**ANSWERS | {"offers": []})
+    with pytest.raises(
+        SettingsError, match="aws, gcp have no spot machine with L4:1 .* or without --spot or --cloud"
+    ):
+        launch(*words, "--gpu", "L4:1", "--spot")
+    sky.answer(**ANSWERS | {"offers": [offer("lambda", "us-east-1", 0.7)]})
+    with pytest.raises(SettingsError, match="lambda has no bucket of its own .* --bucket s3://NAME"):
+        launch(*words, "--gpu", "L4:1")
+    sky.answer(**ANSWERS | {"offers": [offer("kubernetes", "team", 0.0)]})
+    with pytest.raises(SettingsError, match="--max-cost: these machines cost nothing"):
+        launch(*words, "--gpu", "L4:1", "--bucket", "s3://team", "--max-cost", "5")
+
+
+def test_skypilots_own_words_are_passed_on(launch, words, sky):
+    sky.answer(**{verb: answer for verb, answer in ANSWERS.items() if verb != "check"})
+    with pytest.raises(
+        CloudError, match=r"SkyPilot failed:\nsky.exceptions.ResourcesUnavailableError: check"
+    ):
+        launch(*words, "--gpu", "L4:1", "--dry-run")
+    sky.answer(clouds=[])
+    with pytest.raises(CloudError, match=r"SkyPilot has no credentials for any cloud\. .*bin/sky check"):
+        launch(*words)
+
+
+def test_without_skypilot_it_says_how_to_get_it(launch, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.delenv("LORASMITH_SKY", raising=False)
+    with pytest.raises(CloudError, match="environment of its own:\n  lorasmith launch --install"):
+        launch(*words)
+    monkeypatch.setenv("LORASMITH_SKY", str(tmp_path / "gone"))
+    with pytest.raises(CloudError, match=r"LORASMITH_SKY is .*gone, and there is no .*gone\. .*unset it"):
+        launch(*words)
+    with pytest.raises(SettingsError, match="name a run file"):
+        launch()
