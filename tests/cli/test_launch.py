@@ -119,7 +119,7 @@ def test_a_dry_run_quotes_the_three_cheapest_and_prints_the_task(launch, words, 
 
 
 def test_money_is_spent_after_a_yes_only(launch, words, sky, tmp_path, monkeypatch):
-    with pytest.raises(SettingsError, match="Nobody can be asked .* Say --yes"):
+    with pytest.raises(SettingsError, match=r"Nobody can be asked .* Say --yes"):
         launch(*words, "--gpu", "L4:1")
     assert [verb for verb, _ in sky.asked] == ["clouds", "offers"]
     assert not read_records(tmp_path / "runs")
@@ -137,7 +137,7 @@ def test_money_is_spent_after_a_yes_only(launch, words, sky, tmp_path, monkeypat
     assert (record.name, record.job, record.managed) == ("faq", "lorasmith-faq", True)
     assert record.base == words[0].partition("=")[2]
 
-    with pytest.raises(RunError, match="faq was launched from here before.*--resume.*run.name=NAME"):
+    with pytest.raises(RunError, match=r"faq was launched from here before.*--resume.*run.name=NAME"):
         launch(*words, "--gpu", "L4:1", "--yes")
     assert launch(*words, "--gpu", "L4:1", "--yes", "--resume").exit_code == 0
 
@@ -201,11 +201,11 @@ def test_what_cannot_be_is_said_before_anything_is_rented(launch, words, sky, mo
 def test_clouds_without_such_machines_are_named(launch, words, sky):
     sky.answer(**ANSWERS | {"offers": []})
     with pytest.raises(
-        SettingsError, match="aws, gcp have no spot machine with L4:1 .* or without --spot or --cloud"
+        SettingsError, match=r"aws, gcp have no spot machine with L4:1 .* or without --spot or --cloud"
     ):
         launch(*words, "--gpu", "L4:1", "--spot")
     sky.answer(**ANSWERS | {"offers": [offer("lambda", "us-east-1", 0.7)]})
-    with pytest.raises(SettingsError, match="lambda has no bucket of its own .* --bucket s3://NAME"):
+    with pytest.raises(SettingsError, match=r"lambda has no bucket of its own .* --bucket s3://NAME"):
         launch(*words, "--gpu", "L4:1")
     sky.answer(**ANSWERS | {"offers": [offer("kubernetes", "team", 0.0)]})
     with pytest.raises(SettingsError, match="--max-cost: these machines cost nothing"):

@@ -68,7 +68,7 @@ def test_a_finished_adapter_that_is_not_whole_is_refused(bucket, tmp_path):
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"half")
     (bucket / "task-1" / "run.json").write_text('{"result": {"steps": 4}}')
-    with pytest.raises(CloudError, match="not whole: SHA256SUMS cannot be read .* fetch again in a minute"):
+    with pytest.raises(CloudError, match=r"not whole: SHA256SUMS cannot be read .* fetch again in a minute"):
         fetch(RECORD, tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -82,19 +82,19 @@ def test_what_cannot_be_fetched_is_said(bucket, tmp_path, monkeypatch):
     with pytest.raises(CloudError, match=r"gs://team/faq needs gcloud, which is not installed: https://"):
         fetch(replace(RECORD, bucket="gs://team"), tmp_path / "runs")
     (tmp_path / "runs" / "faq").mkdir()
-    with pytest.raises(RunError, match="faq is there already. Move it away"):
+    with pytest.raises(RunError, match=r"faq is there already. Move it away"):
         fetch(RECORD, tmp_path / "runs")
 
 
 def test_a_launch_is_found_by_its_name(tmp_path):
-    with pytest.raises(RunError, match="Which launch.* Launches of .*: none"):
+    with pytest.raises(RunError, match=r"Which launch.* Launches of .*: none"):
         find_record(tmp_path, None)
     write_record(tmp_path, RECORD)
     assert find_record(tmp_path, None) == find_record(tmp_path, "faq") == RECORD
     later = replace(RECORD, name="sales", launched="2026-11-26T20:00:00+00:00")
     write_record(tmp_path, later)
     assert read_records(tmp_path) == [later, RECORD]
-    with pytest.raises(RunError, match="Which launch.* sales, faq"):
+    with pytest.raises(RunError, match=r"Which launch.* sales, faq"):
         find_record(tmp_path, None)
     with pytest.raises(RunError, match="Nothing called other was launched from here"):
         find_record(tmp_path, "other")

@@ -43,7 +43,10 @@ def test_every_machine_is_paid():
 
 
 def test_machines_of_ones_own_cost_nothing_and_the_faster_comes_first():
-    offers = [offer(0, cloud="kubernetes", region="team"), offer(0, "H100", cloud="kubernetes", region="team")]
+    offers = [
+        offer(0, cloud="kubernetes", region="team"),
+        offer(0, "H100", cloud="kubernetes", region="team"),
+    ]
     quotes = cheapest(offers, {"L4:1": (HOUR, HOUR), "H100:1": (60.0, 60.0)}, nodes=1)
     assert [quote.offer.gpu for quote in quotes] == ["H100", "L4"]
     assert quotes[0].offer.infra == "kubernetes/team"

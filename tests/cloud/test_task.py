@@ -93,7 +93,7 @@ def test_names_that_are_no_files_stay(tmp_path, monkeypatch):
 def test_what_is_right_only_here_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"data.train is /gone/rows.json, which is not on this machine"):
         fill(tmp_path / "one", "data.train=/gone/rows.json")
-    with pytest.raises(SettingsError, match="base.device is cpu, which a rented GPU is not"):
+    with pytest.raises(SettingsError, match=r"base.device is cpu, which a rented GPU is not"):
         fill(tmp_path / "two", "data.train=team/rows", "base.device=cpu")
 
 
