@@ -13,6 +13,8 @@
     |   |-- NonFiniteLossError the loss became NaN or infinite
     |   `-- ResumeError        a checkpoint cannot be continued from with the same result
     |-- MergeError             the merged model parts from base + adapter
+    |-- ExportError            a model cannot be written for another program, or is not the same there
+    |-- HubError               the Hub refuses, cannot be reached, or what would be pushed must not be
     |-- EndpointError          an endpoint that is evaluated cannot be asked
     |-- CloudError             SkyPilot or a cloud's tool is missing, refuses or fails
     `-- MissingExtraError      an optional part is not installed
@@ -80,6 +82,14 @@ class ResumeError(TrainingError):
 
 class MergeError(LorasmithError):
     """Raised when a merged model cannot be made or its answers part from base + adapter."""
+
+
+class ExportError(LorasmithError):
+    """Raised when a model cannot be written in another program's format, or answers otherwise there."""
+
+
+class HubError(LorasmithError):
+    """Raised when the Hub refuses or cannot be reached, or when what would be pushed must not be."""
 
 
 class EndpointError(LorasmithError):

@@ -147,7 +147,7 @@ def test_merging_into_the_merged_model_is_refused(tmp_path, run):
     ],
 )
 def test_a_wrong_merge_is_refused_and_leaves_nothing(tmp_path, run, monkeypatch, mutation, dtype):
-    plan = fold_module._plan_updates
+    plan = fold_module.plan_updates
 
     def wrong_plan(*arguments):
         updates = plan(*arguments)
@@ -163,7 +163,7 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(tmp_path, run, monkeypatch,
             updates |= {k: dataclasses.replace(u, scaling=factor * u.scaling) for k, u in updates.items()}
         return updates
 
-    monkeypatch.setattr(fold_module, "_plan_updates", wrong_plan)
+    monkeypatch.setattr(fold_module, "plan_updates", wrong_plan)
     with pytest.raises(MergeError, match="was not kept: logits part by"):
         merge(run, tmp_path / "merged", dtype=dtype, prompts=QUESTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

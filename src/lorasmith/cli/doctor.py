@@ -28,6 +28,7 @@ EXTRAS = {
     "quantized": "base.quantization",
     "lm-eval": "lorasmith evaluate --tasks",
     "serve": "lorasmith serve",
+    "llama-cpp": "lorasmith export --prove",
 }
 MIN_FREE_GB, MIN_MEMORY_GB = (
     3.0,

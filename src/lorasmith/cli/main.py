@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("Measure a run, a model folder or an endpoint on questions with known answers.", "The road"),
     "merge": ("Fold an adapter into its base, and prove that the answers stay the same.", "The road"),
     "serve": ("Serve runs behind OpenAI's API, many adapters on one base.", "The road"),
+    "export": ("Write a model for llama.cpp and Ollama, as a .gguf file.", "The road"),
     "launch": (
         "Train on a rented machine: a quote first, then SkyPilot; status, logs, down, fetch.",
         "The road",

@@ -85,7 +85,7 @@ def fold(
             f"The adapter {adapter} is of the kind {kind}: it stands before the text as virtual tokens and changes no "
             "weight, so there is nothing to fold in. Use it beside its base, or train with method.name=lora."
         )
-    updates = _plan_updates(base, adapter, config, trust_remote_code)
+    updates = plan_updates(base, adapter, config, trust_remote_code)
     if updates is None:
         _merge_in_memory(base, adapter, out, dtype, trust_remote_code, shard_bytes)
         return THROUGH_PEFT
@@ -93,7 +93,7 @@ def fold(
     return SHARD_BY_SHARD
 
 
-def _plan_updates(
+def plan_updates(
     base: ResolvedBase, adapter: Path, base_config: dict[str, Any], trust_remote_code: bool
 ) -> dict[str, Update] | None:
     """Return the update of each weight by its name on disk, or None where only PEFT can merge it."""

@@ -64,6 +64,7 @@ def merge(
     prompts: Sequence[Sequence[Message]] | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    records_place: bool = True,
     tell: Tell = say_nothing,
 ) -> MergeProof:
     """Write base + adapter as one transformers folder to ``out_dir`` and return the proof that it is both.
@@ -71,7 +72,7 @@ def merge(
     ``run_dir`` is a run folder or a plain PEFT adapter folder; the latter's base is the one it names (or
     ``base``), and its recipe a guess (or ``recipe``). ``dtype`` "auto" keeps the base's own. The proof asks
     ``prompts``, else questions of the run's validation data, else of its training data, else general ones.
-    Both models are compared in float32.
+    Both models are compared in float32. ``records_place`` notes in the run where it was merged to.
 
     Raises:
         MergeError: the merged model parts from base + adapter (nothing is left then), or out_dir is taken.
@@ -143,7 +144,7 @@ def merge(
             )
         _write_json(part / "merge_proof.json", proof.to_json())
         _write_json(part / MERGED_FILE, _describe(source, source.adapter, proof))
-    if (source.adapter.parent / "run.json").is_file():
+    if records_place and (source.adapter.parent / "run.json").is_file():
         write_whole(source.adapter.parent / MERGED_TO_FILE, json.dumps({"folder": str(out)}) + "\n")
     return proof
 

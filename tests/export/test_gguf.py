@@ -1,0 +1,156 @@
+"""GGUF: real llama.cpp and transformers open what is written, and answer as the merged model does."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from lorasmith.data.example import Message
+from lorasmith.data.prompts import choose_recipe
+from lorasmith.data.settings import PromptSettings
+from lorasmith.errors import ExportError
+from lorasmith.export.gguf import pre_tokenizer_name, write_model
+from lorasmith.export.llama_cpp import answer_with_llama_cpp
+from lorasmith.export.merge import merge
+from lorasmith.export.ollama import make_modelfile
+from lorasmith.export.proof import encode_questions
+from lorasmith.export.write import export
+from lorasmith.model.device import choose_device
+from lorasmith.model.found import find_model
+from lorasmith.model.gguf import read_header
+from tests.export.test_merge import QUESTIONS, make_base, make_run
+
+
+@pytest.fixture
+def run(tmp_path, tiny_base_folder, tiny_tokenizer):
+    return make_run(tmp_path / "faq", tiny_base_folder, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_llama_cpp_and_transformers_open_every_quantisation(tmp_path, run, quant):
+    pytest.importorskip("xllamacpp")
+    done = export(run, tmp_path / "out", quant=quant, proves=True)
+    assert done.file.name == f"faq-{quant}.gguf"
+    assert done.proof.num_questions == 20
+    assert done.proof.num_same_answers >= {"f32": 20, "f16": 20, "bf16": 18, "q8_0": 18, "q4_0": 0}[quant]
+    allowed = {"f32": 1e-5, "f16": 1e-2, "bf16": 0.05, "q8_0": 0.05, "q4_0": 0.5}[quant]
+    assert done.proof.perplexity_gguf == pytest.approx(done.proof.perplexity_merged, rel=allowed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faq", "out"]
+
+
+def test_the_adapter_alone_over_the_bases_gguf_answers_as_the_merged_model(tmp_path, run, tiny_base_folder):
+    pytest.importorskip("xllamacpp")
+    lora = export(run, tmp_path / "lora", adapter_only=True).file
+    base = find_model(tiny_base_folder)
+    write_model(base.base.folder, base.recipe, base.tokenizer, tmp_path / "base.gguf", quant="f32", name="b")
+    merged = export(run, tmp_path / "merged", quant="f32").file
+    asked = encode_questions(QUESTIONS, base.recipe, base.tokenizer)
+    tuned = answer_with_llama_cpp(tmp_path / "base.gguf", asked, lora)
+    assert tuned == answer_with_llama_cpp(merged, asked)
+    assert tuned != answer_with_llama_cpp(tmp_path / "base.gguf", asked)
+
+
+def test_the_file_holds_template_and_stop_tokens(tmp_path, run):
+    says = read_header(export(run, tmp_path / "out").file).metadata
+    assert says["tokenizer.ggml.eos_token_id"] == 2
+    assert "<|im_start|>" in says["tokenizer.chat_template"]
+    assert says["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_an_answer_that_parts_is_refused_and_leaves_nothing(tmp_path, run, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("lorasmith.export.gguf._rotary_order", lambda key, weight, config: weight)
+    with pytest.raises(ExportError, match="of 20 questions as the merged model does"):
+        export(run, tmp_path / "out", quant="f32", proves=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faq"]
+
+
+def test_other_architectures_and_quantisations_are_refused_by_name(tmp_path, run, tiny_tokenizer):
+    qwen = make_base(tmp_path / "qwen", tiny_tokenizer, "qwen")
+    with pytest.raises(ExportError, match="is a qwen2 model"):
+        export(qwen, tmp_path / "out")
+    with pytest.raises(ExportError, match="llama-quantize"):
+        export(run, tmp_path / "out", quant="q4_k_m")
+    with pytest.raises(ExportError, match="it can be f32, f16"):
+        export(run, tmp_path / "out", quant="q9")
+    merge(run, tmp_path / "merged", prompts=QUESTIONS)
+    with pytest.raises(ExportError, match="it is a whole model"):
+        export(tmp_path / "merged", tmp_path / "out", adapter_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_taken_folder_is_spared(tmp_path, run):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ExportError, match="exists already"):
+        export(run, tmp_path / "photos")
+    with pytest.raises(ExportError, match="was not written by an export"):
+        export(run, tmp_path / "photos", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            "smollm",
+        ),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(False)]), None),
+        (pre_tokenizers.Whitespace(), None),
+    ],
+)
+def test_the_rule_is_named_or_refused(pre, name):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    if name:
+        assert pre_tokenizer_name(wrapped) == name
+    else:
+        with pytest.raises(ExportError, match="would read other tokens"):
+            pre_tokenizer_name(wrapped)
+
+
+def test_llama_3s_frequencies_are_in_the_file(tmp_path, tiny_tokenizer):
+    base = make_base(tmp_path / "base", tiny_tokenizer)
+    config = LlamaConfig.from_pretrained(base)
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config.save_pretrained(base)
+    found = find_model(base)
+    file = tmp_path / "x.gguf"
+    write_model(base, found.recipe, found.tokenizer, file, quant="f32", name="x")
+    assert "rope_freqs.weight" in {tensor.name for tensor in read_header(file).tensors}
+    pytest.importorskip("xllamacpp")
+    text = (Message("user", "When is payday? " * 12),)
+    asked = encode_questions([text], found.recipe, found.tokenizer)
+    ids = torch.tensor(asked)
+    model = found.load(choose_device("cpu", "float32"))
+    grown = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=2)[0, ids.shape[1] :]
+    expected = found.tokenizer.decode([t for t in grown.tolist() if t != 2])
+    assert answer_with_llama_cpp(file, asked) == [expected]
+
+
+def test_a_modelfile_says_chat_and_alpaca(tiny_tokenizer):
+    chat, _ = choose_recipe(PromptSettings(recipe="chat"), tiny_tokenizer)
+    text = make_modelfile(chat, "./x.gguf")
+    assert text.startswith("FROM ./x.gguf\nTEMPLATE")
+    assert "{{ range .Messages }}" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    alpaca, _ = choose_recipe(PromptSettings(recipe="alpaca"), tiny_tokenizer)
+    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:\n" in make_modelfile(alpaca, "./x.gguf")
+
+
+def test_ollama_gets_a_modelfile_beside_the_file(tmp_path, run):
+    export(run, tmp_path / "out", with_modelfile=True)
+    assert "FROM ./faq-f16.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    assert json.loads((tmp_path / "out" / "lorasmith_export.json").read_text())["quant"] == "f16"
