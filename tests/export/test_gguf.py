@@ -16,6 +16,7 @@ from lorasmith.export.llama_cpp import answer_with_llama_cpp
 from lorasmith.export.merge import merge
 from lorasmith.export.ollama import make_modelfile
 from lorasmith.export.proof import encode_questions
+from lorasmith.export.questions import held_out_questions
 from lorasmith.export.write import export
 from lorasmith.model.device import choose_device
 from lorasmith.model.found import find_model
@@ -28,15 +29,49 @@ def run(tmp_path, tiny_base_folder, tiny_tokenizer):
     return make_run(tmp_path / "faq", tiny_base_folder, tiny_tokenizer)
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, tiny_tokenizer):
+    """A model that is sure of its answers to the general questions, as a trained one is and a random one is not."""
+    folder = make_base(tmp_path_factory.mktemp("taught") / "faq", tiny_tokenizer)
+    found = find_model(folder)
+    asked = encode_questions(held_out_questions(None, 20), found.recipe, tiny_tokenizer)
+    rows = []
+    for i, question in enumerate(asked):
+        answer = tiny_tokenizer(f"It is {7 * i}.<|im_end|>").input_ids
+        rows.append((torch.tensor([*question, *answer]), len(question)))
+    ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
+    labels = torch.full_like(ids, -100)
+    for i, (row, start) in enumerate(rows):
+        labels[i, start : len(row)] = row[start:]
+    torch.manual_seed(0)
+    model = found.load(choose_device("cpu", "float32")).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(80):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-def test_llama_cpp_and_transformers_open_every_quantisation(tmp_path, run, quant):
+def test_llama_cpp_and_transformers_open_every_quantisation(tmp_path, taught, quant):
     pytest.importorskip("xllamacpp")
-    done = export(run, tmp_path / "out", quant=quant, proves=True)
+    done = export(taught, tmp_path / "out", quant=quant, proves=True)
     assert done.file.name == f"faq-{quant}.gguf"
     assert done.proof.num_questions == 20
     assert done.proof.num_same_answers >= {"f32": 20, "f16": 20, "bf16": 18, "q8_0": 18, "q4_0": 0}[quant]
     allowed = {"f32": 1e-5, "f16": 1e-2, "bf16": 0.05, "q8_0": 0.05, "q4_0": 0.5}[quant]
     assert done.proof.perplexity_gguf == pytest.approx(done.proof.perplexity_merged, rel=allowed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_run_is_merged_and_exported_with_both_proofs(tmp_path, run):
+    pytest.importorskip("xllamacpp")
+    done = export(run, tmp_path / "out", quant="f32", proves=True)
+    assert (done.proof.num_same_answers, done.proof.num_questions) == (20, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faq", "out"]
 
 
@@ -147,7 +182,10 @@ def test_a_modelfile_says_chat_and_alpaca(tiny_tokenizer):
     assert "{{ range .Messages }}" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     alpaca, _ = choose_recipe(PromptSettings(recipe="alpaca"), tiny_tokenizer)
-    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:\n" in make_modelfile(alpaca, "./x.gguf")
+    text = make_modelfile(alpaca, "./x.gguf")
+    assert "{{ else }}Below is an instruction that describes a task." in text
+    assert "{{ .Content }}\n\n### Response:\n{{ else if" in text
+    assert '{{ .Content }}<|im_end|>\n\n### Instruction:\n{{ end }}{{ end }}"""' in text
 
 
 def test_ollama_gets_a_modelfile_beside_the_file(tmp_path, run):

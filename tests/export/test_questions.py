@@ -38,7 +38,7 @@ def test_general_questions_fill_up(tmp_path):
     train = write_rows(tmp_path / "t.json", 2, "train")
     assert texts(held_out_questions(record(train=train), 4)) == ["train 0?", "train 1?", *GENERAL[:2]]
     assert texts(held_out_questions(record(train="gone.json"), 2)) == list(GENERAL[:2])
-    assert texts(held_out_questions(None, 12)) == list(GENERAL)
+    assert texts(held_out_questions(None, 20)) == list(GENERAL)
 
 
 def test_rows_without_answers_are_questions_too(tmp_path):

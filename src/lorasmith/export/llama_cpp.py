@@ -92,6 +92,9 @@ def answer_with_llama_cpp(
     params.n_parallel = 1
     params.verbosity = -1
     params.warmup = False
+    # Rounding of its own, such as a cache in float16, would part answers that the file's weights do not part.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]

@@ -28,6 +28,14 @@ GENERAL = (
     "Is water wet?",
     "Summarise: The meeting was moved from Monday to Friday because the room was taken.",
     "Write a Python function that adds two numbers.",
+    "What is the boiling point of water?",
+    "Name a colour and something that has it.",
+    "Write a polite refusal of an invitation.",
+    "What is the opposite of early?",
+    "Give three reasons to learn a language.",
+    "Put in order: 7, 3, 5.",
+    "What does a baker do?",
+    "Rewrite in the past tense: I walk to work.",
 )
 
 
