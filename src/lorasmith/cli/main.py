@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("Train a LoRA adapter from a run file, or from --model and --data.", "The road"),
     "ask": ("Ask one question of a run, an adapter or a merged model.", "The road"),
     "chat": ("Talk with a run, an adapter or a merged model.", "The road"),
+    "compare": ("Train several tuning methods on the same data, and say which is best.", "The road"),
     "report": ("Before and after: ask base and tuned model, judge, and make one page of it.", "The road"),
     "evaluate": ("Measure a run, a model folder or an endpoint on questions with known answers.", "The road"),
     "merge": ("Fold an adapter into its base, and prove that the answers stay the same.", "The road"),

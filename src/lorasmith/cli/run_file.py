@@ -21,6 +21,7 @@ from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
 from lorasmith.evaluation.settings import ReportSettings
+from lorasmith.files import write_whole
 from lorasmith.model.method_settings import METHODS, LoraSettings, MethodSettings
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.settings import OutputSettings, TrainingSettings
@@ -72,7 +73,7 @@ def load_run_file(
     for name, text in sorted((os.environ if environ is None else environ).items()):
         section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
         if name.startswith(ENVIRONMENT_PREFIX) and separator:
-            _take(values, sources, f"{section}.{key}", _parse(f"{section}.{key}", text), name)
+            _take(values, sources, f"{section}.{key}", parse_setting(f"{section}.{key}", text), name)
     _take_overrides(overrides, values, sources, faults)
     try:
         run_file = RunFile.model_validate(values)
@@ -147,6 +148,19 @@ def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":
     with hold_run(Path(run_dir)):
         yield from run_job(prepare(run_file, Path(run_dir)))
         write_card(Path(run_dir))
+
+
+def write_run_file(path: Path, run_file: RunFile, *, comment: str = "") -> None:
+    """Write the settings that were set, with absolute paths: the file may lie anywhere, and is read as it was."""
+    values = run_file.model_dump(mode="json", exclude_unset=True)
+    for section, key in sorted(_PATHS):
+        value = values.get(section, {}).get(key)
+        if isinstance(value, list):
+            values[section][key] = [_absolute(each) for each in value]
+        elif value is not None:
+            values[section][key] = _absolute(value)
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    write_whole(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def read_yaml(text: str) -> Any:
@@ -262,6 +276,11 @@ def _relative_to(folder: Path, value: Any) -> Any:
     return os.path.normpath(there) if os.path.exists(there) else value  # Path.exists raises on a long name
 
 
+def _absolute(value: str) -> str:
+    """Return ``value`` as an absolute path if something is there, else as it is."""
+    return value if value in _NAMES or not os.path.exists(value) else os.path.abspath(value)
+
+
 def _take_overrides(
     overrides: Sequence[str], values: dict[str, dict[str, Any]], sources: dict[str, str], faults: list[str]
 ) -> None:
@@ -270,7 +289,7 @@ def _take_overrides(
         if not separator or name.count(".") != 1:
             faults.append(f'"{override}" is not of the form section.key=value, for example training.epochs=3')
         else:
-            _take(values, sources, name, _parse(name, text), "command line")
+            _take(values, sources, name, parse_setting(name, text), "command line")
 
 
 def _take(
@@ -281,8 +300,8 @@ def _take(
     sources[name] = source
 
 
-def _parse(name: str, text: str) -> Any:
-    """Read one value as YAML would: 3 is a number, true a truth value, [a, b] a list; a text stays as it is."""
+def parse_setting(name: str, text: str) -> Any:
+    """Return a value as YAML reads it: 3 is a number, true a truth value, [a, b] a list; a text stays as it is."""
     section, _, key = name.partition(".")
     field = section_fields(section).get(key) if section in RunFile.model_fields else None
     if field is not None and field.annotation in (str, str | None):
