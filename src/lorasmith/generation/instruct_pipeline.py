@@ -30,6 +30,9 @@ class InstructionTextGenerationPipeline(Pipeline):
     ``encode`` turns a conversation into the ids of its prompt; without it the tokenizer's chat template does.
     """
 
+    model: Any  # a transformers model, or PEFT's around one
+    tokenizer: Any
+
     _load_tokenizer = True
     _load_processor = _load_image_processor = _load_feature_extractor = _load_video_processor = False
 
@@ -114,7 +117,7 @@ class InstructionTextGenerationPipeline(Pipeline):
         }
 
     def _encode_with_template(self, turns: Turns) -> list[int]:
-        for token in self.tokenizer.all_special_tokens:
+        for token in map(str, self.tokenizer.added_tokens_decoder.values()):
             if any(token in turn["content"] for turn in turns):
                 raise ValueError(
                     f"The text contains {token!r}, which the tokenizer would take for the model's own mark. "

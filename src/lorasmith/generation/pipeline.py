@@ -1,6 +1,7 @@
 """Open a run as a transformers pipeline: the same prompt and the same end of an answer as everywhere else."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -33,7 +34,7 @@ def open_pipeline(
     Raises: what ``open_chat`` raises.
     """
     found = find_model(source, base=base, tell=tell)
-    model = found.load(choose_device(device, dtype))
+    model: Any = found.load(choose_device(device, dtype))
     chat = Chat(model, found.tokenizer, found.recipe, name=found.name)
 
     def encode(turns: Turns) -> list[int]:
