@@ -5,18 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from conftest import make_tiny_model
-from export.test_merge import make_run
-from lorasmith.data.example import Message
-from lorasmith.data.settings import PromptSettings
-from lorasmith.errors import EndpointError, RecipeError, RunError, SettingsError
-from lorasmith.generation.chat import open_chat
-from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.langchain import ChatLorasmith
 from serve.conftest import open_service, serving
 
@@ -25,6 +18,8 @@ OPENINGS = [
     "Hello",
     "hi",
     "Tell me a joke about cats.",
+    "Tell me a joke about cats. Return the result as a JSON with 'setup' and 'punchline' keys. "
+    "Return nothing other than JSON.",
     "Write me 2 haikus. Only include the haikus.",
     "how are you",
     "When is payday?",
@@ -101,25 +96,39 @@ class OfOpenAI:
     has_tool_calling = False
     has_tool_choice = False
     has_structured_output = True
+    supports_json_mode = True
     structured_output_kwargs = {"method": "json_schema"}  # noqa: RUF012
     model_override_value = "idle"
 
     @property
     def chat_model_params(self):
-        return {"model": "tiny", "base_url": here.url, "api_key": "none", "stream_usage": True}
+        settings = {"temperature": 0, "stream_usage": True}
+        return {"model": "tiny", "base_url": here.url, "api_key": "none", **settings}
 
 
 class TestInProcessUnit(InProcess, ChatModelUnitTests):
     init_from_env_params = ({"LORASMITH_API_KEY": "a key"}, {"model": "x"}, {"api_key": "a key"})
 
 
-class TestInProcess(InProcess, ChatModelIntegrationTests): ...
+class Brief:
+    @property
+    def chat_model_params(self):
+        return {**super().chat_model_params, "max_tokens": 64}
+
+
+class TestInProcess(Brief, InProcess, ChatModelIntegrationTests): ...
 
 
 class TestServedUnit(Served, ChatModelUnitTests): ...
 
 
-class TestServed(Served, ChatModelIntegrationTests): ...
+class TestServed(Brief, Served, ChatModelIntegrationTests): ...
 
 
-class TestChatOpenAI(OfOpenAI, ChatModelIntegrationTests): ...
+# langchain-openai's own: it puts the parsed answer where OpenAI's value declares none.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning")
+class TestChatOpenAI(Brief, OfOpenAI, ChatModelIntegrationTests):
+    @pytest.mark.xfail(reason="ChatOpenAI asks for a tool where the schema is a class of Pydantic 1")
+    def test_structured_output_pydantic_2_v1(self, model):
+        super().test_structured_output_pydantic_2_v1(model)

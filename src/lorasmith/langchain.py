@@ -96,8 +96,9 @@ class ChatLorasmith(BaseChatModel):
     ) -> Runnable[LanguageModelInput, Any]:
         """Hold answers to a JSON schema, a Pydantic class or a TypedDict; needs a server.
 
-        The server lets through only tokens that keep to the schema, whatever ``strict`` says; the methods
-        "function_calling" and "json_mode" are taken for "json_schema", which gives the same values and is stricter.
+        The server lets through only tokens that keep to the schema, and no keys besides those that it names, unless
+        it says ``additionalProperties`` itself or ``strict`` is False. The methods "function_calling" and "json_mode"
+        are taken for "json_schema", which gives the same values.
 
         Raises: SettingsError in this process, or for another method.
         """
@@ -109,6 +110,8 @@ class ChatLorasmith(BaseChatModel):
         if method not in _METHODS:
             raise SettingsError(f"method={method!r}: there are {', '.join(_METHODS)}.")
         json_schema = convert_to_json_schema(schema)
+        if strict is not False:
+            json_schema = _close(json_schema)
         held = self.bind(
             response_format={
                 "type": "json_schema",
@@ -241,6 +244,17 @@ def _to_message(message: BaseMessage) -> Message:
     if None in texts:
         raise RecipeError("A message holds something else than text. This model reads text only.")
     return Message(role, "".join(texts))  # type: ignore[arg-type]
+
+
+def _close(schema: Any) -> Any:
+    """Return a JSON schema whose objects have no keys besides those that it names."""
+    if isinstance(schema, list):
+        return [_close(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _close(part) for name, part in schema.items()}
+    has_names = closed.get("type") == "object" and "properties" in closed
+    return {"additionalProperties": False, **closed} if has_names else closed
 
 
 def _refuse_unknown(kwargs: dict[str, Any], doing: str) -> None:

@@ -29,6 +29,7 @@ EXTRAS = {
     "lm-eval": "lorasmith evaluate --tasks",
     "serve": "lorasmith serve",
     "llama-cpp": "lorasmith export --prove",
+    "langchain": "LangChain's chat model (lorasmith.langchain)",
 }
 MIN_FREE_GB, MIN_MEMORY_GB = (
     3.0,

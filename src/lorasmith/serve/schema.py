@@ -57,7 +57,8 @@ class TextPart(_Value):
 class ChatMessage(_Value):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | tuple[TextPart, ...] = ""
-    name: None = None
+    name: str | None = None
+    """Which of several people speaks. LangChain sends it; no recipe has a place for it, so it changes nothing."""
     refusal: None = None
     tool_calls: tuple[()] | None = None
 
