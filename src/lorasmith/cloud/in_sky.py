@@ -16,12 +16,14 @@ from typing import Any
 import sky  # pyright: ignore[reportMissingImports]
 from sky.client import sdk  # pyright: ignore[reportMissingImports]
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
 
 def clouds(question: dict[str, Any]) -> list[str]:
     """Return the clouds that SkyPilot has credentials for."""
-    return sorted(cloud.lower() for cloud in sdk.get(sdk.enabled_clouds()))
+    found = sdk.get(sdk.enabled_clouds())
+    if not found:  # SkyPilot has not looked yet
+        sdk.get(sdk.check(None, False))
+        found = sdk.get(sdk.enabled_clouds())
+    return sorted(cloud.lower() for cloud in found)
 
 
 def offers(question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ def check(question: dict[str, Any]) -> str:
     sdk.validate(dag)
     plan = io.StringIO()
     sdk.stream_and_get(sdk.optimize(dag), output_stream=plan)
-    return _COLOUR.sub("", plan.getvalue()).strip()
+    return plan.getvalue().strip()
 
 
 def launch(question: dict[str, Any]) -> None:

@@ -186,7 +186,7 @@ def _copy_once(mirror: Mirror, budget: Budget | None) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--copy", type=Path, required=True)
     parser.add_argument("--rented-since", type=Path, required=True)

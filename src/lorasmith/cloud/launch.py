@@ -6,6 +6,7 @@ It is looked for at LORASMITH_SKY (an environment, or its bin/sky), on the PATH,
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ VARIABLE = "LORASMITH_SKY"
 _REQUIREMENT = "skypilot[aws,gcp,kubernetes]>=0.14,<0.15"
 _IN_SKY = Path(__file__).with_name("in_sky.py")
 _LINES_OF_A_FAULT = 8
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def private_environment() -> Path:
@@ -94,7 +96,7 @@ def check_task(task: dict[str, Any]) -> str:
     Raises:
         CloudError: SkyPilot refuses the task, or finds no such machine.
     """
-    return _ask("check", {"task": task})
+    return _COLOUR.sub("", _ask("check", {"task": task}))
 
 
 def start(launch: Launch, task: dict[str, Any]) -> None:
@@ -120,7 +122,8 @@ def _ask(verb: str, question: dict[str, Any], *, shows: bool = False) -> Any:
         check=False,
     )
     if done.returncode:
-        said = [line for line in (done.stderr or "").splitlines() if line.strip()][-_LINES_OF_A_FAULT:]
+        words = _COLOUR.sub("", done.stderr or "")
+        said = [line for line in words.splitlines() if line.strip()][-_LINES_OF_A_FAULT:]
         raise CloudError(
             "\n".join(["SkyPilot failed" + (":" if said else "; what it says stands above."), *said])
         )
