@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from lorasmith.cli.run_file import load_run_file, train
 from lorasmith.cloud.fetch import fetch
 from lorasmith.cloud.records import LaunchRecord, find_record, read_records, write_record
+from lorasmith.cloud.workdir import fill_workdir
 from lorasmith.errors import CloudError, RunError
 from lorasmith.files import write_checksums
 from lorasmith.generation.chat import Chat
@@ -47,6 +49,28 @@ def test_a_finished_run_comes_home_and_is_asked(bucket, tmp_path, trained_run, t
     here, there = (Chat.from_run(folder, device="cpu") for folder in (run_dir, trained_run))
     question = "What is 3 plus 3?"
     assert here.ask(question).text == there.ask(question).text
+
+
+def test_a_stopped_run_is_gone_on_with_here(bucket, tmp_path, tiny_base_folder, training_rows, monkeypatch):
+    (tmp_path / "rows.json").write_text(json.dumps(training_rows))
+    words = [f"base.model={tiny_base_folder}", f"data.train={tmp_path / 'rows.json'}", "base.dtype=float32"]
+    words += ["training.batch_size=4", "training.save_every=2", "report.after_training=false"]
+    run_file = load_run_file(None, words, {})
+    workdir = tmp_path / "workdir"
+    workdir.mkdir()
+    fill_workdir(workdir, run_file.model_dump(mode="json", exclude_defaults=True), ())
+    monkeypatch.chdir(workdir)
+    steps = train(load_run_file("run.yaml", [], {}), bucket / "task-1")
+    for step in steps:
+        if step.step == 4:
+            break
+    steps.close()
+    shutil.rmtree(workdir)
+    monkeypatch.chdir(tmp_path)
+    run_dir = fetch(replace(RECORD, base=str(tiny_base_folder)), tmp_path / "runs")
+    went_on = [step.step for step in train(run_file, run_dir)]
+    assert went_on[0] > 1
+    assert json.loads((run_dir / "run.json").read_text())["result"]["steps"] == went_on[-1]
 
 
 def test_an_unfinished_run_comes_without_what_is_not_whole(bucket, tmp_path):

@@ -4,8 +4,6 @@ import getpass
 import hashlib
 import os
 import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -117,7 +115,10 @@ def command(
     """
     words = list(arguments or ())
     if install:
-        _install()
+        folder = sky.install(lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True))
+        console.print(
+            f"SkyPilot is installed. Next, your cloud's credentials: [bold]{folder}/bin/sky check[/]"
+        )
     elif words and words[0] in _ACTIONS:
         _act(words[0], words[1:], root)
     elif not words:
@@ -374,12 +375,3 @@ def _print_records(root: Path) -> None:
             record.launched[:16].replace("T", " "),
         )
     console.print(table)
-
-
-def _install() -> None:
-    for words in sky.install_commands():
-        console.print(f"[dim]{escape(shlex.join(words))}[/]", soft_wrap=True)
-        subprocess.run(words, check=True)
-    console.print(
-        f"SkyPilot is installed. Next, your cloud's credentials: [bold]{sky.private_environment()}/bin/sky check[/]"
-    )

@@ -7,10 +7,11 @@ It is looked for at LORASMITH_SKY (an environment, or its bin/sky), on the PATH,
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ def private_environment() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lorasmith" / "sky"
 
 
-def install_commands() -> list[list[str]]:
-    """Return the commands that make SkyPilot's environment."""
+def install(tell: Callable[[str], None]) -> Path:
+    """Make SkyPilot's environment and return its folder; ``tell`` gets each command before it runs.
+
+    Raises:
+        CloudError: a command failed; what it says has been shown.
+    """
     folder = private_environment()
-    python = str(folder / "bin" / "python")
-    return [
-        [sys.executable, "-m", "venv", str(folder)],
-        [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", _REQUIREMENT],
-    ]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    for words in ([sys.executable, "-m", "venv", str(folder)], [*pip, _REQUIREMENT]):
+        tell(shlex.join(words))
+        if code := subprocess.run(words, check=False).returncode:
+            raise CloudError(f"The last command failed with exit code {code}; what it says stands above.")
+    return folder
 
 
 def find_sky() -> Path:
