@@ -1,16 +1,19 @@
 """The card says what was recorded, and nothing more."""
 
-from lorasmith.export.card import make_card, write_card
+import pytest
+
+from lorasmith.export.card import KINDS, make_card, write_card
 from lorasmith.model.base import BaseRef
+from lorasmith.model.method_settings import METHODS
 from lorasmith.model.run_record import RunRecord, write_run_record
 
 
-def record(result=None, revision=None, source="faq.json"):
+def record(result=None, revision=None, source="faq.json", method="lora"):
     return RunRecord(
         name="faq",
         base=BaseRef("owner/model", revision, "abc" * 20),
         recipe={"name": "chat", "stop": ["END"]},
-        settings={"method": {"r": 16, "lora_alpha": 32}, "training": {"epochs": 3}},
+        settings={"method": {"name": method, "r": 16, "lora_alpha": 32}, "training": {"epochs": 3}},
         data={"source": source, "num_examples": 1500},
         result=result,
     )
@@ -37,3 +40,33 @@ def test_an_unfinished_run_says_so():
 
 def test_a_value_cannot_break_the_table():
     assert "| Data | a\\|b c |" in make_card(record(source="a|b\nc"))
+
+
+def test_every_method_is_called_by_its_name():
+    assert KINDS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "says", "library"),
+    [
+        ("lora", "A LoRA adapter for owner/model", "peft"),
+        ("ia3", "An IA3 adapter for owner/model", "peft"),
+        ("full", "All weights of owner/model", "transformers"),
+    ],
+)
+def test_the_card_says_what_was_trained_and_what_opens_it(method, says, library):
+    card = make_card(record(method=method))
+    assert says in card
+    assert f"library_name: {library}" in card
+
+
+def test_a_pushed_card_says_how_to_ask_it_elsewhere():
+    card = make_card(record(revision="c0ffee"), place="anna/faq", license="mit")
+    assert "license: mit" in card
+    assert "base_model_relation: adapter" in card
+    assert 'lorasmith ask "your question" --run anna/faq' in card
+    assert "vllm serve owner/model --enable-lora --lora-modules faq=anna/faq" in card
+    assert 'PeftModel.from_pretrained(base, "anna/faq")' in card
+    assert "vllm" not in make_card(record(revision="c0ffee", method="vera"), place="anna/faq")
+    assert "export" not in make_card(record(method="prompt"), place="anna/faq")
+    assert "vllm serve anna/faq" in make_card(record(), place="anna/faq", is_merged=True)

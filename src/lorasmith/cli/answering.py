@@ -28,7 +28,7 @@ def _describe(name: str) -> str:
 Run = Annotated[
     str | None,
     typer.Option(
-        help="Run folder, adapter folder, merged folder or base model. Default: the newest run in runs/."
+        help="Run, adapter or merged folder, base model, or OWNER/NAME on the Hub. Default: the newest run in runs/."
     ),
 ]
 Untuned = Annotated[bool, typer.Option("--base", help="Ask the untuned base model, with the same prompt.")]

@@ -36,6 +36,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Train on a rented machine: a quote first, then SkyPilot; status, logs, down, fetch.",
         "The road",
     ),
+    "push": ("Push an adapter, a proven merge or the data of a run to the Hub.", "The road"),
+    "login": ("Log in to the Hub; huggingface_hub keeps the token.", "The road"),
     "runs": ("List the runs on this machine.", "Look"),
     "doctor": ("Say what this machine has, what is missing, and what mends it.", "Look"),
     "demo": ("The whole road on the handbook example: check, train, ask, merge, report.", "Start"),

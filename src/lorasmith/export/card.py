@@ -1,11 +1,37 @@
-"""README.md of a run folder: a model card of what was recorded and measured, and of nothing else."""
+"""README.md of a run folder and of a Hub repository: a card of what was recorded and measured, and of nothing else."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import DatasetCardData, ModelCardData
+
 from lorasmith.files import write_whole
+from lorasmith.model.base import BUILT_IN_HUB_ID
 from lorasmith.model.run_record import RunRecord, read_run_record
+from lorasmith.model.settings import BUILT_IN
+
+# What a run of each tuning method made.
+KINDS = {
+    "lora": "A LoRA adapter",
+    "rslora": "A rank-stabilised LoRA adapter",
+    "dora": "A DoRA adapter",
+    "pissa": "A LoRA adapter (started by PiSSA)",
+    "olora": "A LoRA adapter (started by OLoRA)",
+    "lora_plus": "A LoRA adapter (LoRA+)",
+    "adalora": "An AdaLoRA adapter",
+    "vera": "A VeRA adapter",
+    "oft": "An OFT adapter",
+    "boft": "A BOFT adapter",
+    "ia3": "An IA3 adapter",
+    "prompt": "Virtual tokens (prompt tuning)",
+    "prefix": "Virtual tokens (prefix tuning)",
+    "p_tuning": "Virtual tokens (P-tuning)",
+    "full": "All weights",
+}
+PLAIN_LORA = ("lora", "rslora", "pissa", "olora", "lora_plus")  # what vLLM opens
+UNMERGED = ("prompt", "prefix", "p_tuning")  # no weight to fold in
 
 NOT_MEASURED = """\
 The losses above are all that was measured here. Whether the answers are right was not, nor what the model forgot:
@@ -18,29 +44,50 @@ def write_card(run_dir: Path) -> None:
     Raises:
         RunError: ``run_dir`` is not a run.
     """
-    report = _read_report(run_dir / "report.json")
+    report = read_report(run_dir / "report.json")
     write_whole(run_dir / "README.md", make_card(read_run_record(run_dir), report))
 
 
-def make_card(record: RunRecord, report: dict[str, Any] | None = None) -> str:
+def make_card(
+    record: RunRecord,
+    report: dict[str, Any] | None = None,
+    *,
+    place: str | None = None,
+    is_merged: bool = False,
+    license: str | None = None,
+) -> str:
     """Return the card as Markdown, with the front matter that the Hub reads.
 
-    ``report`` is the content of report.json: the facts of report.html, told once more.
+    ``report`` is the content of report.json: the facts of report.html, told once more. ``place`` is the Hub
+    repository that it describes; none: the run's own folder.
     """
-    is_on_hub = record.base.revision is not None
-    front = ["library_name: peft", *([f"base_model: {record.base.id}"] if is_on_hub else [])]
-    front += ["tags:", "  - lora", "  - lorasmith"]
+    method = record.settings.get("method", {}).get("name", "lora")
+    is_whole = is_merged or method == "full"
+    base = base_on_hub(record)
+    front = ModelCardData(
+        library_name="transformers" if is_whole else "peft",
+        base_model=base,
+        base_model_relation=(("finetune" if is_whole else "adapter") if base else None),
+        pipeline_tag="text-generation",
+        tags=[method, "lorasmith"],
+        license=license,
+    )
+    what = f"{KINDS[method]}, merged into" if is_merged and method != "full" else f"{KINDS[method]} for"
+    if method == "full":
+        what = "All weights of"
     stop = ", ".join(f"`{text}`" for text in record.recipe.get("stop", ()))
     stop = f" and stops at {stop}" if stop else ""
     versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     measured = _measured(report) if report else f"## What is not known\n\n{NOT_MEASURED}"
+    use = _use_here(method) if place is None else _use_pushed(place, record, method, is_whole)
+    holds = "lorasmith.json" if place and is_whole else "run.json"
     return f"""---
-{chr(10).join(front)}
+{front.to_yaml()}
 ---
 
 # {record.name}
 
-A LoRA adapter for {record.base.id}, trained with lorasmith. {_state(record)}
+{what} {record.base.id}, trained with lorasmith. {_state(record)}
 
 {_table(("", ""), _facts(record))}
 
@@ -48,15 +95,77 @@ A LoRA adapter for {record.base.id}, trained with lorasmith. {_state(record)}
 
 ## Use
 
-    lorasmith ask "your question" --run .
-    lorasmith merge --run . --out merged
+{use}
 
-`adapter/` is a plain PEFT folder: `PeftModel.from_pretrained(base, "adapter")` opens it. It was trained with the
-prompt recipe `{record.recipe.get("name", "unknown")}`{stop}; asked in another form it answers worse. `run.json`
-holds the recipe, every setting and the fingerprints of base and data.
+It was trained with the prompt recipe `{record.recipe.get("name", "unknown")}`{stop}; asked in another form it answers
+worse. `{holds}` holds the recipe, and lorasmith asks by it.
 
 Made with {versions}.
 """
+
+
+def make_data_card(record: RunRecord, files: Sequence[str], license: str | None = None) -> str:
+    """Return the card of a run's training data as a data set of the Hub."""
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": list(files)}]}]
+    front = DatasetCardData(
+        task_categories=["text-generation"], tags=["lorasmith"], license=license, configs=configs
+    )
+    return f"""---
+{front.to_yaml()}
+---
+
+# {record.name}
+
+The training data of the lorasmith run {record.name}: {record.data.get("num_examples", "unknown"):,} examples.
+
+{_table(("", ""), [("File", name) for name in files])}
+"""
+
+
+def base_on_hub(record: RunRecord) -> str | None:
+    """Return the Hub's name of the model that was trained on, or None if it came from elsewhere."""
+    if record.base.id == BUILT_IN:
+        return BUILT_IN_HUB_ID
+    return record.base.id if record.base.revision else None
+
+
+def _use_here(method: str) -> str:
+    opened = (
+        "`model/` is a plain transformers folder."
+        if method == "full"
+        else '`adapter/` is a plain PEFT folder: `PeftModel.from_pretrained(base, "adapter")` opens it.'
+    )
+    merge = "" if method in (*UNMERGED, "full") else "    lorasmith merge --run . --out merged\n"
+    return f"""    lorasmith ask "your question" --run .
+{merge}
+{opened}"""
+
+
+def _use_pushed(place: str, record: RunRecord, method: str, is_whole: bool) -> str:
+    name = place.split("/")[-1]
+    lines = [f'lorasmith ask "your question" --run {place}']
+    if method not in UNMERGED:
+        lines += [f"lorasmith export --run {place} --to ollama --out {name}"]
+    base = base_on_hub(record)
+    if is_whole:
+        lines += [f"vllm serve {place}"]
+    elif base and method in PLAIN_LORA:
+        lines += [f"vllm serve {base} --enable-lora --lora-modules {name}={place}"]
+    terminal = "\n".join(f"    {line}" for line in lines)
+    opening = (
+        f"""    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("{place}")"""
+        if is_whole
+        else f"""    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained("{base or record.base.id}")
+    model = PeftModel.from_pretrained(base, "{place}")"""
+    )
+    return f"""{terminal}
+
+In Python:
+
+{opening}"""
 
 
 def _measured(report: dict[str, Any]) -> str:
@@ -104,7 +213,7 @@ def _perplexity(surprise: dict[str, Any]) -> str:
     return "beyond all numbers" if value is None else f"{value:,.1f}"
 
 
-def _read_report(file: Path) -> dict[str, Any] | None:
+def read_report(file: Path) -> dict[str, Any] | None:
     """Return a report that this version wrote; anything else is as good as none."""
     try:
         report = json.loads(file.read_text("utf-8"))

@@ -32,6 +32,7 @@ from lorasmith.files import whole_folder, write_whole
 from lorasmith.model.adapter import update_norm
 from lorasmith.model.base import (
     ResolvedBase,
+    fingerprint_weights,
     load_base,
     load_tokenizer,
     weight_files,
@@ -143,7 +144,7 @@ def merge(
                 + ("" if coarsest is torch.float32 else " Merge with --dtype float32.")
             )
         _write_json(part / "merge_proof.json", proof.to_json())
-        _write_json(part / MERGED_FILE, _describe(source, source.adapter, proof))
+        _write_json(part / MERGED_FILE, _describe(source, source.adapter, part, proof))
     if records_place and (source.adapter.parent / "run.json").is_file():
         write_whole(source.adapter.parent / MERGED_TO_FILE, json.dumps({"folder": str(out)}) + "\n")
     return proof
@@ -198,7 +199,7 @@ def _write_companions(source: FoundModel, out: Path) -> None:
     write_pipeline_code(source.recipe, out)
 
 
-def _describe(source: FoundModel, adapter: Path, proof: MergeProof) -> dict[str, Any]:
+def _describe(source: FoundModel, adapter: Path, merged: Path, proof: MergeProof) -> dict[str, Any]:
     """Return lorasmith.json: what the folder was made of, how to ask it, and how it was proven."""
     base = source.base.ref
     return {
@@ -206,6 +207,7 @@ def _describe(source: FoundModel, adapter: Path, proof: MergeProof) -> dict[str,
         "run": source.record.name if source.record else None,
         "base": {"id": base.id, "revision": base.revision, "fingerprint": base.fingerprint},
         "adapter": {"sha256": fingerprint_adapter(adapter)},
+        "fingerprint": fingerprint_weights(merged),
         "recipe": source.recipe.to_json(),
         "proof": proof.to_json(),
         "versions": library_versions(),

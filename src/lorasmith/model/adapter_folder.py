@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PAIR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 # Beside A and B: DoRA's lengths, a bias of B, rows of an embedding, and the base's head where an adapter is on it.
 _BESIDE = re.compile(
@@ -86,7 +86,7 @@ def named_base(config: dict[str, Any], folder: Path) -> str:
         ".." in parts
         or "~" in base
         or "\0" in base
-        or not (Path(base).is_absolute() or _HUB_ID.fullmatch(base))
+        or not (Path(base).is_absolute() or HUB_ID.fullmatch(base))
     ):
         raise AdapterError(
             f"{folder / CONFIG} names the base {base!r}, which is neither a Hub id nor an absolute path. "
@@ -252,6 +252,14 @@ def _check_pair(path: str, shapes: dict[str, tuple[int, ...]], config: dict[str,
             f"The adapter {file.parent} has rank {r:,} on {path[:200]}, a layer of {A[1]:,} inputs and {B[0]:,} "
             "outputs. A rank above both adds nothing but memory."
         )
+
+
+def check_finite_weights(files: list[Path]) -> None:
+    """Raise AdapterError if one of the safetensors files holds NaN or infinite numbers."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                check_finite(key, tensors.get_tensor(key), f"The model {file.parent}")
 
 
 def check_finite(key: str, tensor: Any, subject: str) -> None:

@@ -37,6 +37,7 @@ _SMALL_FILES = [
     "merges.txt",
     "*.model",
     "chat_template*",
+    "lorasmith.json",  # of a merged model: its recipe
 ]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 _CONVERSION = "1"  # part of the cache key: raise it when convert_gguf writes something else for the same file
@@ -352,14 +353,14 @@ def _resolve_hub(
     except GatedRepoError as fault:
         raise BaseModelError(
             f"{id} asks for its licence to be accepted: open https://huggingface.co/{id}, accept it, "
-            "and log in here with: hf auth login"
+            "and log in here with: lorasmith login"
         ) from fault
     except RevisionNotFoundError as fault:
         raise BaseModelError(f"{id} has no revision {revision} on the Hub.") from fault
     except (RepositoryNotFoundError, HFValidationError) as fault:
         raise BaseModelError(
             f"There is no model {id} on the Hub, and no folder of that name here. "
-            "A private model needs: hf auth login"
+            "A private model needs: lorasmith login"
         ) from fault
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError, HTTPError) as fault:
         raise BaseModelError(

@@ -6,13 +6,14 @@ runs/x/model                 after full fine-tuning: a whole model
 a plain PEFT folder          names its base; its recipe is chosen, and that is said
 a merged folder              a whole model; lorasmith.json holds the recipe
 a model's folder or Hub id   a whole model; its recipe is chosen, and that is said
+owner/name on the Hub        a pushed run, a plain adapter or a model, fetched and then the same
 """
 
 import difflib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,9 @@ from lorasmith.model.base import (
     resolve_base,
 )
 from lorasmith.model.device import DeviceChoice
+from lorasmith.model.hub import pull_adapter, reads_as_hub_id
 from lorasmith.model.run_record import RunRecord, read_run_record
-from lorasmith.model.settings import BaseSettings
+from lorasmith.model.settings import BUILT_IN, BaseSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,11 +109,13 @@ def find_model(
     if (folder / "run.json").is_file() or (folder / "adapter_config.json").is_file():
         return find_adapted(folder, base=base, recipe=recipe, tell=tell)
     _refuse_mistyped_run(folder)
+    if pulled := _pull(str(source), base, recipe, tell):
+        return pulled
     found = resolve_base(BaseSettings(model=str(source)), tell=tell)
     tokenizer = load_tokenizer(found)
     notes: tuple[str, ...] = ()
-    if recipe is None and (folder / MERGED_FILE).is_file():
-        recipe = _read_recipe(folder / MERGED_FILE)
+    if recipe is None and (found.folder / MERGED_FILE).is_file():
+        recipe = _read_recipe(found.folder / MERGED_FILE)
     else:
         recipe, notes = _settle_recipe(recipe, tokenizer)
     return FoundModel(str(source), found, None, recipe, tokenizer, notes=notes)
@@ -120,13 +124,40 @@ def find_model(
 def find_adapted(
     folder: Path, *, base: str | None = None, recipe: PromptRecipe | None = None, tell: Tell = say_nothing
 ) -> FoundModel:
-    """Return the model of a run folder or an adapter folder, as :func:`find_model` does, and of nothing else."""
+    """Return the model of a run or an adapter, here or on the Hub, as :func:`find_model` does, and of nothing else."""
+    if pulled := _pull(folder.as_posix(), base, recipe, tell):
+        return pulled
     if (folder / "run.json").is_file() or not (folder / "adapter_config.json").is_file():
-        return find_run(folder, base=base, tell=tell)
+        is_pushed = (
+            folder / "adapter_config.json"
+        ).is_file()  # a copy from the Hub, where both lie side by side
+        return find_run(folder, adapter=folder if is_pushed else None, base=base, tell=tell)
     for run_dir in list(folder.resolve().parents)[:3]:
         if (run_dir / "run.json").is_file():
             return find_run(run_dir, adapter=folder, base=base, tell=tell)
     return _find_adapter(folder, base, recipe, tell)
+
+
+def _pull(source: str, base: str | None, recipe: PromptRecipe | None, tell: Tell) -> FoundModel | None:
+    """Return the adapter that the Hub has under this name, asked by the recipe of its run.json; None: it has none."""
+    folder = pull_adapter(source, tell) if reads_as_hub_id(source) else None
+    if folder is None:
+        return None
+    if not (folder / "run.json").is_file():
+        return replace(_find_adapter(folder, base, recipe, tell), name=source)
+    record = read_run_record(folder)
+    if base is None and record.base.revision is None and record.base.id != BUILT_IN:
+        raise AdapterError(
+            f"{source} was trained on {record.base.id}, a folder that is not on the Hub. Pass where that model lies "
+            "here as the base (--base-model, or --base of other commands)."
+        )
+    if record.settings.get("base", {}).get("trust_remote_code"):
+        raise AdapterError(
+            f"The base of {source} runs Python code of its own, and that is not run on the word of a download. If you "
+            f"trust it: hf download {source} --local-dir FOLDER, and name that folder."
+        )
+    found = find_run(folder, adapter=folder, base=base, tell=tell)
+    return replace(found, name=source, notes=(*found.notes, f"{source} is at commit {folder.name[:12]}."))
 
 
 def find_run(
