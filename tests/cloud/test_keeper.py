@@ -139,10 +139,22 @@ def test_the_exit_code_is_that_of_the_command(tmp_path, command, code):
     assert keep(mirror, None, 0, 0.05, ["bash", "-c", command]) == code
 
 
-def test_only_the_first_machine_writes(run_dir, tmp_path):
+def test_the_run_folder_and_its_copy_are_the_first_machines(run_dir, tmp_path):
     mirror = Mirror(run_dir, tmp_path / "bucket" / "id")
-    assert keep(mirror, None, 1, 0.05, ["mkdir", "-p", f"{run_dir}/new"]) == 0
-    assert not mirror.copy.exists()
+    mirror.update()
+    other = Mirror(tmp_path / "other" / "faq", mirror.copy)
+    before = names(mirror.copy)
+    assert keep(other, None, 1, 0.05, ["mkdir", "-p", f"{other.run_dir}/new"]) == 0
+    assert names(other.run_dir) == []
+    assert names(mirror.copy) == before
+
+
+def test_a_bucket_that_never_answers_ends_the_job_with_a_fault(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lorasmith.cloud.keeper._LAST_TRIES", 2)
+    (tmp_path / "bucket").write_text("not a folder")
+    mirror = Mirror(run_dir, tmp_path / "bucket" / "id")
+    assert keep(mirror, None, 0, 0.05, ["bash", "-c", f"mkdir -p {run_dir}; touch {run_dir}/run.json"]) == 5
+    assert capsys.readouterr().out.endswith("The last state of the run is not in the bucket.\n")
 
 
 def test_it_needs_neither_torch_nor_training(tmp_path):

@@ -141,10 +141,11 @@ class Budget:
 def keep(mirror: Mirror, budget: Budget | None, rank: int, every: float, command: list[str]) -> int:
     """Return the exit code of ``command``, or EXIT_BUDGET_GONE; the copy is up to date then.
 
-    Of several machines only the one of rank 0 writes to the bucket; all begin with what is there.
+    Of several machines the one of rank 0 has the run folder (training/distributed.py), and it alone its copy.
     """
-    restored = mirror.restore()
-    print(f"Copy in the bucket: {restored or 'none yet'}", flush=True)
+    is_first = rank == 0
+    if is_first:
+        print(f"Copy in the bucket: {mirror.restore() or 'none yet'}", flush=True)
     limit = "0"  # none
     if budget is not None:
         left = budget.seconds_left()
@@ -159,20 +160,24 @@ def keep(mirror: Mirror, budget: Budget | None, rank: int, every: float, command
     while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(every)
-        if rank == 0:
+        if is_first:
             _copy_once(mirror, budget)
-    for _ in range(_LAST_TRIES) if rank == 0 else ():
-        if not _copy_once(mirror, budget):
-            break
-        time.sleep(every)
-    else:
-        if rank == 0:
-            print("The last state of the run is not in the bucket.", flush=True)
-            return EXIT_NOT_COPIED
+    if is_first and not _is_copied(mirror, budget, every):
+        print("The last state of the run is not in the bucket.", flush=True)
+        return EXIT_NOT_COPIED
     if process.returncode == _TIMED_OUT and budget is not None:
         print("The budget (--max-cost) is gone. What was trained so far is in the bucket.", flush=True)
         return EXIT_BUDGET_GONE
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _is_copied(mirror: Mirror, budget: Budget | None, every: float) -> bool:
+    """Copy what the command left; return False if the bucket does not take it, tried again and again."""
+    for _ in range(_LAST_TRIES):
+        if not _copy_once(mirror, budget):
+            return True
+        time.sleep(every)
+    return False
 
 
 def _copy_once(mirror: Mirror, budget: Budget | None) -> list[str]:
