@@ -64,9 +64,10 @@ def serving(service, **options):
     import uvicorn
 
     from lorasmith.serve.app import create_app
+    from lorasmith.serve.server import Server
 
     config = uvicorn.Config(create_app(service, **options), port=0, log_config=None, lifespan="on")
-    server = uvicorn.Server(config)
+    server = Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

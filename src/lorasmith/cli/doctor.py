@@ -30,6 +30,7 @@ EXTRAS = {
     "serve": "lorasmith serve",
     "llama-cpp": "lorasmith export --prove",
     "langchain": "LangChain's chat model (lorasmith.langchain)",
+    "studio": "lorasmith serve --studio",
 }
 MIN_FREE_GB, MIN_MEMORY_GB = (
     3.0,

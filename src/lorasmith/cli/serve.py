@@ -3,17 +3,25 @@
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lorasmith.cli import answering
 from lorasmith.cli.answering import note
 from lorasmith.cli.console import console
+from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.errors import MissingExtraError, SettingsError
+from lorasmith.model.settings import BUILT_IN
 from lorasmith.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from lorasmith.serve.keys import Keys
+    from lorasmith.serve.service import Service
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -71,6 +79,16 @@ def command(
     execute: Annotated[
         bool, typer.Option("--exec", help="With --engine vllm: run the command, if vllm is on the path.")
     ] = False,
+    studio: Annotated[
+        bool,
+        typer.Option("--studio", help="Also serve a page to chat, look at data, train and compare runs."),
+    ] = False,
+    runs_folder: Annotated[
+        Path | None, typer.Option(help="With --studio: the folder that holds the runs. Default: runs.")
+    ] = None,
+    uploads_folder: Annotated[
+        Path | None, typer.Option(help="With --studio: the folder for uploaded data. Default: uploads.")
+    ] = None,
     device: answering.Device = "auto",
     dtype: answering.Dtype = "auto",
 ) -> None:
@@ -97,12 +115,13 @@ def command(
         drain_seconds=drain_seconds,
         log_contents=log_contents,
     )
+    _check_studio(engine, studio=studio, folders=(runs_folder, uploads_folder))
     if engine == "vllm":
         serve_with_vllm(run or (), settings, base=base, base_name=base_name, execute=execute)
         return
     if execute:
         raise SettingsError("--exec belongs to --engine vllm; lorasmith's own server always runs.")
-    _need_extra()
+    _need_extra(studio=studio)
     from lorasmith.serve.app import create_app
     from lorasmith.serve.keys import KEYS_VARIABLE, read_keys
     from lorasmith.serve.log import log_to_stderr
@@ -116,6 +135,8 @@ def command(
             f"With --host {settings.host} other machines reach this server, and it has no API keys. "
             f"Set {KEYS_VARIABLE}, pass --api-key-file FILE, or say --without-keys if everybody there may ask."
         )
+    if studio and not run and base is None:
+        base = BUILT_IN  # who wants to look first has nothing to name yet
     models = open_models(
         name_runs(run or ()),
         base=base,
@@ -132,11 +153,30 @@ def command(
     service.warm_up()
     log_to_stderr()
     names = ", ".join(model.name for model in models.list())
-    run_server(
-        create_app(service, keys=keys),
-        settings,
-        on_ready=lambda url: console.print(f"Serving {names} at {url}/v1", soft_wrap=True),
+    mount_page = (
+        _studio(service, keys, runs_folder or Path("runs"), uploads_folder or Path("uploads"))
+        if studio
+        else None
     )
+
+    def say_ready(url: str) -> None:
+        console.print(f"Serving {names} at {url}/v1", soft_wrap=True)
+        if studio:
+            console.print(f"Studio: [bold]{url}[/] (open it in a browser)", soft_wrap=True)
+
+    run_server(create_app(service, keys=keys, mount_page=mount_page), settings, on_ready=say_ready)
+
+
+def _check_studio(engine: str, *, studio: bool, folders: Sequence[Path | None]) -> None:
+    """Refuse what would be silently left out."""
+    if studio and engine == "vllm":
+        raise SettingsError(
+            "--studio is a page of lorasmith's own server; vLLM has none. Leave one of --studio and --engine vllm out."
+        )
+    if not studio and any(folders):
+        raise SettingsError(
+            "--runs-folder and --uploads-folder belong to --studio. Add it, or leave them out."
+        )
 
 
 def serve_with_vllm(
@@ -175,9 +215,29 @@ def parse_settings(**values: object) -> ServeSettings:
         raise SettingsError("The server's settings are wrong:\n  " + "\n  ".join(faults)) from error
 
 
-def _need_extra() -> None:
+def _studio(
+    service: "Service", keys: "Keys", runs_folder: Path, uploads_folder: Path
+) -> "Callable[[FastAPI], None]":
+    """Return what mounts the studio; it trains from the built-in base and the one that is served."""
+    from lorasmith.serve.studio.page import mount_studio
+    from lorasmith.serve.studio.places import Places
+
+    return lambda app: mount_studio(
+        app,
+        Places(runs_folder.resolve(), uploads_folder.resolve()),
+        service,
+        bases=list(dict.fromkeys([service.models.base.root, BUILT_IN])),
+        run_file=RunFile,
+        read_settings=lambda words: load_run_file(None, words),
+        keys=keys,
+    )
+
+
+def _need_extra(*, studio: bool) -> None:
     import importlib.util
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("lorasmith serve", package, "serve")
+    if studio and importlib.util.find_spec("gradio") is None:
+        raise MissingExtraError("lorasmith serve --studio", "gradio", "studio")

@@ -40,7 +40,8 @@ def create_app(
     """Return the app over ``service``; when it shuts down, the service is closed.
 
     ``mount_page`` is called with the app once every route is there: what it mounts at / is reached by whatever
-    is not /health, /metrics or below /v1. The service is ``app.state.service``.
+    is not /health, /metrics or below /v1. The service is ``app.state.service``. A page that keeps a stream open puts
+    what ends it into ``app.state.before_stop``: the server waits for streams when it stops.
     """
 
     @asynccontextmanager
@@ -57,6 +58,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.before_stop = []
     if service.settings.host in LOCAL_HOSTS:
         # A page in this machine's browser must not reach us through a name of its own (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])

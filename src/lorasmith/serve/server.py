@@ -27,7 +27,16 @@ def run_server(app: FastAPI, settings: ServeSettings, *, on_ready: Callable[[str
     with _listen(settings.host, settings.port) as listening:
         host, port = listening.getsockname()[:2]
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, which before it waits for open answers calls what is in ``app.state.before_stop``."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for end in self.config.app.state.before_stop:  # type: ignore[union-attr]
+            end()
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
