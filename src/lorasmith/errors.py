@@ -11,6 +11,7 @@
     |-- StorageError           a file cannot be written: the disk is full, read-only, or not ours
     |-- TrainingError          training cannot start or go on
     |   |-- NonFiniteLossError the loss became NaN or infinite
+    |   |-- LostProcessError   another process of the run has ended or does not answer
     |   `-- ResumeError        a checkpoint cannot be continued from with the same result
     |-- MergeError             the merged model parts from base + adapter
     |-- ExportError            a model cannot be written for another program, or is not the same there
@@ -74,6 +75,10 @@ class TrainingError(LorasmithError):
 
 class NonFiniteLossError(TrainingError):
     """Raised when a step's loss is NaN or infinite; names the rows of the step."""
+
+
+class LostProcessError(TrainingError):
+    """Raised in the processes of a run that are left when one has ended or does not answer in time."""
 
 
 class ResumeError(TrainingError):

@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +138,23 @@ def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob"
 def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":
     """Train into ``run_dir``, or go on with it, and yield a report after each step.
 
+    Called in every process that torchrun starts, it trains with all of them; each yields the same reports.
     run.sample_questions are for the screen and not asked here: ask a ``Chat`` between two steps, or afterwards.
 
     Raises:
         LorasmithError: anything that a user can mend is wrong; its text says how.
     """
     from lorasmith.export.card import write_card
+    from lorasmith.training.distributed import joined
     from lorasmith.training.job import hold_run, run_job
 
-    with hold_run(Path(run_dir)):
-        yield from run_job(prepare(run_file, Path(run_dir)))
-        write_card(Path(run_dir))
+    with (
+        joined(run_file.base.device, run_file.run.lost_after_seconds) as team,
+        hold_run(Path(run_dir)) if team.is_first else nullcontext(),
+    ):
+        yield from run_job(prepare(run_file, Path(run_dir), team=team))
+        if team.is_first:
+            write_card(Path(run_dir))
 
 
 def write_run_file(path: Path, run_file: RunFile, *, comment: str = "") -> None:

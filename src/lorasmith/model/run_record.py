@@ -47,6 +47,7 @@ class RunRecord(BaseModel):
     settings: dict[str, Any] = Field(description="the resolved run file")
     data: dict[str, Any] = Field(description="source, fingerprint, num_examples, ...")
     versions: dict[str, str] = Field(default_factory=library_versions)
+    processes: int = Field(default=1, description="that computed it, or its last part")
     fit: dict[str, Any] | None = Field(
         default=None, description="how steps are cut to fit into memory; none: not chosen yet"
     )

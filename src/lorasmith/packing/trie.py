@@ -16,6 +16,7 @@ Three examples, tokens as letters, the last token of each left out (nothing is p
 Shape letters: T tokens of the pack, N targets.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ def pack_examples(
     *,
     max_tokens: int,
     max_examples: int | None = None,
+    num_processes: int = 1,
     share_prefixes: bool = True,
     min_prefix_tokens: int = 8,
     cost: PackCost = PackCost(),  # noqa: B008 (frozen)
@@ -82,7 +84,7 @@ def pack_examples(
 
     An example that alone is longer than ``max_tokens`` gets a pack of its own. As few packs as the order
     allows are made, then their costs are evened out: the largest decides the memory, and with several processes
-    the time.
+    the time: these get a multiple of ``num_processes`` packs where there are examples for it.
 
     A prefix shorter than ``min_prefix_tokens`` is repeated: a segment of its own would cost more than it saves.
     """
@@ -103,7 +105,8 @@ def pack_examples(
     alone = cost.in_tokens(np.zeros_like(lengths), lengths, num_learnt)
     after = cost.in_tokens(saved, lengths, num_learnt)  # behind the one before it in the same pack
     packs = []
-    for low, high in _split_evenly(lengths, lengths - saved, alone, after, max_tokens, max_examples):
+    cuts = _split_evenly(lengths, lengths - saved, alone, after, max_tokens, max_examples, num_processes)
+    for low, high in cuts:
         prefixes = np.concatenate([[0], shared[low + 1 : high]])
         packs.append(_lay_out(numbered[low:high], prefixes, min_prefix_tokens if share_prefixes else None))
     return packs
@@ -187,12 +190,14 @@ def _split_evenly(
     after: np.ndarray,
     max_tokens: int,
     max_examples: int | None,
+    num_processes: int,
 ) -> list[tuple[int, int]]:
     """Cut the sequence of places into runs (low, high) whose distinct tokens fit ``max_tokens``.
 
     An example has ``lengths`` tokens and costs ``alone`` at the head of a run; behind another it adds ``added``
     tokens and costs ``after``. Filling each run to the brim gives the fewest runs, with a small last one. The
     smallest limit of cost that still gives as few is found by bisection: 900, 900, 200 become about 700, 700, 600.
+    With several processes as few means the next multiple of their number.
     """
     sizes = list(zip(lengths.tolist(), added.tolist(), alone.tolist(), after.tolist(), strict=True))
 
@@ -209,7 +214,7 @@ def _split_evenly(
         return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
 
     high = int(alone.sum())
-    fewest = len(fill(high))
+    fewest = min(math.ceil(len(fill(high)) / num_processes) * num_processes, len(sizes))
     low = 1 if fewest > 1 else high
     while low < high:
         middle = (low + high) // 2

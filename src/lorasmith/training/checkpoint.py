@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from transformers import PreTrainedModel
 
 from lorasmith.errors import ResumeError
@@ -37,6 +37,7 @@ from lorasmith.model.trained import (
     save_trained,
     trained_files,
 )
+from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.method_steps import method_state, restore_method_state
 
 _NUMBERS, _METHOD = "number.", "method."  # in _OPTIMIZER, before a name
@@ -151,15 +152,18 @@ def load_checkpoint(
     model: PeftModel | PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    team: Team = ALONE,
 ) -> None:
     """Put the saved weights, moments and (for float16) loss scale into ``model``, ``optimizer`` and ``scaler``.
+
+    Only the first process of a ``team`` reads ``checkpoint.folder``; the others get what it read.
 
     Raises:
         ResumeError: the checkpoint was written with another adapter.
     """
     if scaler.is_enabled():
         scaler.load_state_dict(checkpoint.scaler)
-    saved = load_file(checkpoint.folder / _OPTIMIZER)
+    saved = load(team.read(checkpoint.folder / _OPTIMIZER))
     for name, parameter in _trained(model):
         moments = {key: saved.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
         missing = [key for key, value in moments.items() if value is None]
@@ -175,10 +179,12 @@ def load_checkpoint(
             for key, value in moments.items()
         }
     if is_saved_as_trained(model):
-        restore_trained(model, checkpoint.folder)
+        if team.is_first:
+            restore_trained(model, checkpoint.folder)
+        team.copy_from_first([parameter for _, parameter in _trained(model)])
         return
     load_trained_numbers(model, _without_prefix(saved, _NUMBERS))
-    config = read_adapter_config(checkpoint.folder / ADAPTER)
+    config = team.from_first(lambda: read_adapter_config(checkpoint.folder / ADAPTER))
     restore_method_state(model, _without_prefix(saved, _METHOD), config)
 
 

@@ -101,10 +101,12 @@ def choose_fit(
     checkpointing: bool | str,
     *,
     must_measure: bool = False,
+    num_sharing: int = 1,
 ) -> Fit:
     """Return the best cut that fits into the memory that is free now; ``model`` and the random stream are unchanged.
 
-    ``must_measure``: measure the heaviest pack whatever it costs, for an estimate.
+    ``must_measure``: measure the heaviest pack whatever it costs, for an estimate. ``num_sharing``: how many processes
+    of the run share the memory of a machine without GPUs.
 
     Raises:
         TrainingError: not even the longest example alone fits; names it and the ways out.
@@ -113,7 +115,7 @@ def choose_fit(
     _page_in(model)
     chooser = _Chooser(dataset, training, rehearsal, device)
     fixed = bytes_of_training(model)
-    room = _SAFE_SHARE * free_bytes(device) - fixed
+    room = _SAFE_SHARE * free_bytes(device) / (num_sharing if device.type == "cpu" else 1) - fixed
     rungs = list(_rungs(chooser.most_tokens, longest_input(dataset), checkpointing, forward.can_checkpoint))
     rung = next((rung for rung in rungs if chooser.bytes_of(*rung) <= room), None)
     if rung is None:
@@ -244,15 +246,16 @@ def fit_computed(
     return Fit(tokens, recompute, "computed", pack.num_tokens, need / pack.num_tokens), need, rehearsed
 
 
-def has_room_for(pack: Pack, fit: Fit, device: torch.device) -> bool:
+def has_room_for(pack: Pack, fit: Fit, device: torch.device, num_sharing: int = 1) -> bool:
     """Whether ``pack`` can be computed on a CPU without being killed for it; true where allocators refuse politely.
 
     The system hands out memory that it does not have and ends the process when it is touched, so what a pack of
-    this size takes is compared with what is free, and with what earlier steps left to reuse.
+    this size takes is compared with what is free, and with what earlier steps left to reuse. ``num_sharing``
+    processes on the machine compute a pack each at this moment.
     """
     if device.type != "cpu" or not fit.bytes_per_token:
         return True
-    need = fit.bytes_per_token * pack.num_tokens
+    need = fit.bytes_per_token * pack.num_tokens * num_sharing
     if need <= free_bytes(device):
         return True
     give_back_freed_memory()

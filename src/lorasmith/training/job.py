@@ -15,7 +15,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.sources import open_source
 from lorasmith.data.tokens import TokenizedExample, tokenizer_json
+from lorasmith.data.workers import count_cores
 from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.linear import choose_product_dtype
@@ -54,6 +56,7 @@ from lorasmith.model.settings import BaseSettings
 from lorasmith.model.trained import ADAPTER, MODEL, save_trained
 from lorasmith.packing.plan import Gain, predict_gain
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
+from lorasmith.training.distributed import ALONE, Team, digest
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.loop import StepReport, train
@@ -88,6 +91,7 @@ class TrainingJob:
     gain: Gain
     fit: Fit
     may_checkpoint: bool
+    team: Team
 
     @property
     def num_steps(self) -> int:
@@ -108,11 +112,14 @@ def prepare_job(
     say: Say = lambda line: None,
     progress: Progress = lambda what, share: None,
     must_measure: bool = False,
+    team: Team = ALONE,
 ) -> TrainingJob:
     """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
 
     ``settings`` is the resolved run file as plain values; it is recorded, and compared when a run goes on.
     ``must_measure``: measure memory and time on the heaviest pack even where that costs more than the run is worth.
+
+    Of a ``team`` every process gets the job; the first one reads and writes ``run_dir``, measures and decides.
 
     Raises:
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
@@ -124,9 +131,9 @@ def prepare_job(
             f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
             "are set. Use one: the file, or a share of the training data."
         )
-    then = read_run_record(run_dir) if (run_dir / "run.json").is_file() else None
-    threads = _set_threads(then, engine, say)
-    choice = _choose_device(then, base, method)
+    then = _read_record(run_dir, team)
+    threads = _set_threads(then, engine, say, team)
+    choice = _choose_device(then, base, method, team)
     # What "auto" meant is recorded: a run that goes on later must not measure again and get something else.
     found = {"dtype": str(choice.dtype).removeprefix("torch."), "device": choice.device.type}
     settings = {
@@ -134,7 +141,8 @@ def prepare_job(
         "base": {**settings["base"], **found},
         "engine": {**settings["engine"], "threads": threads},
     }
-    resolved = resolve_base(base, tell=say)
+    with team.first_on_each_machine():
+        resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
     recipe, reason = choose_recipe(prompt, tokenizer)
     say(f"Prompt recipe: {recipe.name} ({reason})")
@@ -147,7 +155,8 @@ def prepare_job(
     def reading(rows: int, share: float) -> None:
         progress("Reading and tokenising", share)
 
-    all_rows = prepare_dataset(data, recipe, tokenizer, progress=reading)
+    with team.first_on_each_machine():
+        all_rows = prepare_dataset(data, recipe, tokenizer, progress=reading)
     kept, held_out = split_for_validation(len(all_rows), training)
     if not kept:
         raise DataError(
@@ -157,7 +166,8 @@ def prepare_job(
     dataset = all_rows.subset(kept)
     validation: TokenizedDataset | None = all_rows.subset(held_out) if held_out else None
     if data.validation is not None:
-        validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=reading)
+        with team.first_on_each_machine():
+            validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=reading)
         if len(validation) == 0:
             raise DataError(f"{data.validation} holds no example that can be used for the validation loss.")
 
@@ -174,8 +184,10 @@ def prepare_job(
             "num_examples": len(dataset),
             "num_validation": 0 if validation is None else len(validation),
         },
+        processes=team.count,
     )
-    resume_from = _what_to_resume(run_dir, then, record, output, say)
+    team.check_same(_what_must_agree(record))
+    resume_from = _what_to_resume(run_dir, then, record, output, say, team)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
     loaded = load_base(
@@ -187,15 +199,14 @@ def prepare_job(
         model = train_all_weights(loaded)
     else:
         model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
-    engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say)
+    engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
     settled = _recorded_fit(then, training, engine)
     # Copied before the engine changes the layers' forward; a run that goes on needs none.
     rehearsal = None
-    if settled is None and base.quantization == "none":
+    if settled is None and team.is_first and base.quantization == "none":
         rehearsal = Rehearsal(copy_without_weights(model), engine)
-    elif (
-        settled is None
-    ):  # a quantised weight has no copy without numbers: its layers are rehearsed as they were
+    elif settled is None and team.is_first:
+        # A quantised weight has no copy without numbers: its layers are rehearsed as they were.
         sketch = build_without_weights(
             resolved.folder,
             method,
@@ -222,7 +233,7 @@ def prepare_job(
     for note in forward.notes:
         say(f"Note: {note}")
 
-    room = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY_FOR_FROZEN_STATES)
+    room = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY_FOR_FROZEN_STATES / team.local_count)
     for name, examples in (("train", dataset), ("validation", validation)):
         passes = training.epochs if name == "train" else 2
         if examples is not None and passes > 1:
@@ -241,31 +252,39 @@ def prepare_job(
         fit = settled
         say(f"Memory: {fit} (as at the run's start)")
     else:
-        assert rehearsal is not None, "made where nothing is settled"
-        fit = choose_fit(
-            model,
-            forward,
-            rehearsal,
-            dataset,
-            training,
-            engine.gradient_checkpointing,
-            must_measure=must_measure,
-        )
+        team.wait()  # the memory that is free is looked at when every process has taken its part
+
+        def choose() -> dict[str, Any]:
+            assert rehearsal is not None, "made where nothing is settled"
+            return choose_fit(
+                model,
+                forward,
+                rehearsal,
+                dataset,
+                training,
+                engine.gradient_checkpointing,
+                must_measure=must_measure,
+                num_sharing=team.local_count,
+            ).to_json()
+
+        fit = Fit.from_json(team.from_first(choose))
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
             left = tokens_to_compute(gain, len(dataset), training, forward) * fit.seconds_per_token
+            by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
             say(
-                f"Time: about {in_words(left)}, at {1 / fit.seconds_per_token:,.0f} tokens a second as measured"
+                f"Time: about {in_words(left / team.count)}, "
+                f"at {1 / fit.seconds_per_token:,.0f} tokens a second as measured{by}"
             )
     forward.set_checkpointing(fit.gradient_checkpointing)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     if resume_from is not None:
         assert then is not None, "a checkpoint to go on from lies beside its run.json"
-        record = then
+        record = then.model_copy(update={"processes": team.count})
     record = _with_fit(_with_engine(record, engine), fit)
-    write_run_record(run_dir, record)
-    if resume_from is None:
+    if team.is_first:
+        write_run_record(run_dir, record)
+    if team.is_first and resume_from is None:
         write_whole(run_dir / "receipt.json", json.dumps(all_rows.receipt.to_json(), indent=2) + "\n")
     return TrainingJob(
         run_dir,
@@ -284,15 +303,37 @@ def prepare_job(
         gain,
         fit,
         may_checkpoint=engine.gradient_checkpointing is not False,
+        team=team,
     )
 
 
 def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
     """Do the job's steps, yield a report after each, and save the adapter after the last.
 
-    Stopped early by ``should_stop``, the run keeps a checkpoint to go on from and gets no adapter/.
+    Stopped early by ``should_stop``, the run keeps a checkpoint to go on from and gets no adapter/. Every process of
+    a team yields the same reports; the first one writes.
     """
     first_step = job.resume_from.step if job.resume_from else 0
+    steps = partial(
+        train,
+        job.model,
+        job.dataset,
+        job.training,
+        forward=job.forward,
+        learning_rate=job.learning_rate,
+        run_dir=job.run_dir,
+        fit=job.fit,
+        may_checkpoint=job.may_checkpoint,
+        method=job.method,
+        validation=job.validation,
+        resume_from=job.resume_from,
+        should_stop=should_stop,
+        team=job.team,
+    )
+    if not job.team.is_first:
+        yield from steps()
+        job.team.wait()  # for the files that the first process still writes
+        return
     metrics = MetricsFile(job.run_dir / "metrics.jsonl", first_step=first_step)
     trackers = Trackers(job.output.trackers, job.run_dir, job.record.settings)
     started = time.monotonic()
@@ -306,22 +347,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
 
     try:
         with measure_peak(job.forward.device) as peak:
-            for report in train(
-                job.model,
-                job.dataset,
-                job.training,
-                forward=job.forward,
-                learning_rate=job.learning_rate,
-                run_dir=job.run_dir,
-                fit=job.fit,
-                may_checkpoint=job.may_checkpoint,
-                method=job.method,
-                validation=job.validation,
-                resume_from=job.resume_from,
-                record=metrics.write,
-                record_fit=record_fit,
-                should_stop=should_stop,
-            ):
+            for report in steps(record=metrics.write, record_fit=record_fit):
                 trackers.log(report)
                 yield report
     finally:
@@ -330,6 +356,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
         draw_loss(job.run_dir)
     if report is None or report.step == report.num_steps:
         _finish(job, record, time.monotonic() - started, peak.during)
+    job.team.wait()
 
 
 def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int) -> None:
@@ -404,10 +431,41 @@ def hold_run(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say) -> int:
+def _read_record(run_dir: Path, team: Team) -> RunRecord | None:
+    """Return the record of the run that is gone on with, from the process that has the run folder."""
+
+    def read() -> dict[str, Any] | None:
+        if not (run_dir / "run.json").is_file():
+            return None
+        return read_run_record(run_dir).model_dump(mode="json")
+
+    fields = team.from_first(read)
+    return None if fields is None else RunRecord.model_validate(fields)
+
+
+def _what_must_agree(record: RunRecord) -> dict[str, str]:
+    """Return what every process of a run must have found alike, by its name on the screen."""
+    return {
+        "weights of the base": record.base.fingerprint,
+        "data": digest(record.data),
+        "prompt recipe": digest(record.recipe),
+        "settings": digest({key: value for key, value in record.settings.items() if key != "run"}),
+        "versions of libraries": digest(record.versions),
+    }
+
+
+def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say, team: Team = ALONE) -> int:
     """Set torch's CPU threads and return their number: that of the run's first start, so that sums round alike."""
     if engine.threads != "auto":
         threads, reason = engine.threads, "as set"
+    elif team.count > 1:  # a measurement that all make at once would find a busy machine
+        threads, reason = (
+            max(1, count_cores() // team.local_count),
+            f"{team.local_count} processes share the cores",
+        )
+        threads = team.from_first(lambda: threads)
+    elif then is not None and then.processes > 1:
+        threads, reason = choose_threads()
     elif then is not None:
         threads, reason = then.settings["engine"]["threads"], "as at the run's start"
     else:
@@ -423,19 +481,20 @@ def _settle_engine(
     model: PeftModel | PreTrainedModel,
     num_tokens: int,
     say: Say,
+    team: Team,
 ) -> EngineSettings:
     """Return ``engine`` with what changes the rounding decided: as at the run's start, or for ``num_tokens`` now."""
     recorded: dict[str, Any] = {} if then is None else then.settings["engine"]
     found: dict[str, Any] = {}
     if engine.product_dtype == "auto":
-        found["product_dtype"] = recorded.get("product_dtype") or choose_product_dtype(
-            model.device, model.dtype
+        found["product_dtype"] = recorded.get("product_dtype") or team.from_first(
+            lambda: choose_product_dtype(model.device, model.dtype)
         )
     if engine.compile == "auto" and "compile" in recorded:
         found["compile"] = recorded["compile"]
     elif engine.compile == "auto":
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        found["compile"], reason = choose_compilation(base, num_tokens)
+        found["compile"], reason = team.from_first(lambda: choose_compilation(base, num_tokens))
         say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
     return engine.model_copy(update=found)
 
@@ -447,17 +506,26 @@ def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
     return record.model_copy(update={"settings": settings})
 
 
-def _choose_device(then: RunRecord | None, base: BaseSettings, method: MethodSettings) -> DeviceChoice:
+def _choose_device(
+    then: RunRecord | None, base: BaseSettings, method: MethodSettings, team: Team = ALONE
+) -> DeviceChoice:
     """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
     if base.dtype == "auto" and isinstance(method, FullSettings):
         return replace(
             choose_device(base.device, "float32"), reason="what is trained is float32, here every weight"
         )
+    if base.dtype == "auto" and then is None and team.count > 1:  # one measures, and all do alike
+        dtype, reason = team.from_first(lambda: _as_words(choose_device(base.device)))
+        return replace(choose_device(base.device, dtype), reason=reason)
     if base.dtype == "auto" and then is not None:
         return replace(
             choose_device(base.device, then.settings["base"]["dtype"]), reason="as at the run's start"
         )
     return choose_device(base.device, base.dtype)
+
+
+def _as_words(choice: DeviceChoice) -> list[str]:
+    return [str(choice.dtype).removeprefix("torch."), choice.reason]
 
 
 def _recorded_fit(record: RunRecord | None, training: TrainingSettings, engine: EngineSettings) -> Fit | None:
@@ -489,7 +557,7 @@ def _with_fit(record: RunRecord, fit: Fit) -> RunRecord:
 
 
 def _what_to_resume(
-    run_dir: Path, old: RunRecord | None, record: RunRecord, output: OutputSettings, say: Say
+    run_dir: Path, old: RunRecord | None, record: RunRecord, output: OutputSettings, say: Say, team: Team
 ) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None for a new run; refuse a run that was started otherwise."""
     if old is None:
@@ -505,9 +573,15 @@ def _what_to_resume(
             + "\n".join(f"  - {line}" for line in differences)
             + "\nUse the settings of that run, or start a new one with run.name=NAME."
         )
-    checkpoint, complaints = last_checkpoint(run_dir)
-    for complaint in complaints:
-        say(f"Warning: {complaint}")
+
+    def find() -> dict[str, Any] | None:
+        checkpoint, complaints = last_checkpoint(run_dir)
+        for complaint in complaints:
+            say(f"Warning: {complaint}")
+        return None if checkpoint is None else {**asdict(checkpoint), "folder": str(checkpoint.folder)}
+
+    found = team.from_first(find)
+    checkpoint = None if found is None else Checkpoint(**{**found, "folder": Path(found["folder"])})
     if checkpoint is None:
         say("The run has no checkpoint yet: it starts from the beginning")
     else:

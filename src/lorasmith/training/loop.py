@@ -4,11 +4,13 @@
         take the step's examples -> packs
         for each pack:  loss = sum over learnt tokens / learnt tokens of the whole step;  backward
         out of memory: smaller packs, and the step again from its start
+        several processes: each has done its share of the packs; sum their gradients
         clip, set the learning rate, AdamW
         validate and save where it is time
         yield StepReport
 
-The mean is over the learnt tokens of the step, so its cut into packs changes nothing but memory.
+The mean is over the learnt tokens of the step, so its cut into packs, and which process computes which of them
+(distributed.py), changes nothing but memory and time.
 """
 
 import math
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -33,6 +36,7 @@ from lorasmith.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
 from lorasmith.training.method_steps import after_step, group_parameters, penalty
 from lorasmith.training.schedule import learning_rate_at, order_steps
@@ -82,6 +86,7 @@ def train(
     record: Callable[[StepReport], None] = lambda report: None,
     record_fit: Callable[[Fit], None] = lambda fit: None,
     should_stop: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
 ) -> Iterator[StepReport]:
     """Train ``model`` on ``dataset`` and yield a report after each step; checkpoints go to ``run_dir``.
 
@@ -93,7 +98,11 @@ def train(
     again from its start with smaller packs, and at the last (if ``may_checkpoint``) with activations recomputed;
     ``record_fit`` gets the new cut before that.
 
+    Every process of a ``team`` calls this with the same arguments and yields the same reports; only the first one
+    reads and writes ``run_dir``.
+
     Raises:
+        LostProcessError: another process of the team is gone. The last checkpoint is kept.
         TrainingError: not even the longest example alone fits. The last checkpoint is kept.
         NonFiniteLossError: a loss or gradient is NaN or infinite. The last checkpoint is kept.
         ResumeError: ``resume_from`` does not give the loss that was noted when it was saved.
@@ -115,11 +124,13 @@ def train(
     best: float | None = None
     first_step = 0
     if resume_from is not None:
-        load_checkpoint(resume_from, model, optimizer, scaler)
+        load_checkpoint(resume_from, model, optimizer, scaler, team)
         first_step, best = resume_from.step, resume_from.best_validation
-        prune_checkpoints(run_dir, first_step, settings.keep_checkpoints)
+        if team.is_first:
+            prune_checkpoints(run_dir, first_step, settings.keep_checkpoints)
         probe = order.examples_of(first_step - 1)[0]
         _check_probe(_probe_loss(model, forward, dataset, probe), resume_from)
+    team.copy_from_first(trained)
     overflows = 0
 
     for step in range(first_step, num_steps):
@@ -127,14 +138,17 @@ def train(
         memory_note = None
         examples = order.examples_of(step)
         while True:
-            packs = _pack(dataset, examples, settings, forward, fit)
+            packs = _pack(dataset, examples, settings, forward, fit, team)
             num_learnt = sum(pack.num_learnt for pack in packs)
-            # The random numbers of a step depend on seed and step only: a resumed run draws the same dropout.
-            torch.manual_seed((settings.seed << 32) + step)
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            loss = _accumulate(model, packs, num_learnt, forward, scaler, fit)
-            if loss is not None:
+            share = team.share(packs, forward.cost)
+            found = _accumulate(
+                model, packs, share, num_learnt, forward, scaler, fit, (settings.seed, step), team
+            )
+            loss, num_out_of_memory = team.total(found or 0.0, found is None)
+            if not num_out_of_memory:
+                team.sum_gradients(trained)
                 break
             optimizer.zero_grad(set_to_none=True)
             give_back_freed_memory()
@@ -165,12 +179,14 @@ def train(
         seconds = time.perf_counter() - started
 
         done = step + 1
-        stopping = should_stop()
+        stopping = team.any(should_stop())
         last = done == num_steps
         validation_loss = None
         is_best = False
         if validation is not None and (done % evaluate_every == 0 or last):
-            validation_loss = mean_loss(model, validation, settings, forward, name="validation", fit=fit)
+            validation_loss = mean_loss(
+                model, validation, settings, forward, name="validation", fit=fit, team=team
+            )
             is_best = best is None or validation_loss < best
             best = validation_loss if is_best else best
         report = StepReport(
@@ -188,19 +204,20 @@ def train(
         )
         record(report)
         if done % save_every == 0 or last or stopping or is_best:
-            probe = order.examples_of(step)[0]
-            folder = save_checkpoint(
-                run_dir,
-                model,
-                optimizer,
-                scaler,
-                step=done,
-                probe_loss=_probe_loss(model, forward, dataset, probe),
-                best_validation=best,
-                is_best=is_best,
-                keep=settings.keep_checkpoints,
-            )
-            report = replace(report, checkpoint=folder)
+            probe_loss = _probe_loss(model, forward, dataset, order.examples_of(step)[0])
+            if team.is_first:
+                folder = save_checkpoint(
+                    run_dir,
+                    model,
+                    optimizer,
+                    scaler,
+                    step=done,
+                    probe_loss=probe_loss,
+                    best_validation=best,
+                    is_best=is_best,
+                    keep=settings.keep_checkpoints,
+                )
+                report = replace(report, checkpoint=folder)
         yield report
         if stopping:
             return
@@ -215,6 +232,7 @@ def mean_loss(
     *,
     name: str | None = None,
     fit: Fit | None = None,
+    team: Team = ALONE,
 ) -> float:
     """Return the mean cross-entropy over all learnt tokens of ``dataset``, in nats, without dropout."""
     model.eval()
@@ -222,30 +240,39 @@ def mean_loss(
     total, num_learnt = 0.0, 0
     for low in range(0, len(dataset), 64):
         indices = range(low, min(low + 64, len(dataset)))
-        for pack in _pack(dataset, indices, settings, forward, fit):
-            total += forward.summed_loss(pack, name).item()
-            num_learnt += pack.num_learnt
-    return total / num_learnt
+        packs = _pack(dataset, indices, settings, forward, fit, team)
+        num_learnt += sum(pack.num_learnt for pack in packs)
+        for place, weight in team.share(packs, forward.cost):
+            total += weight * forward.summed_loss(packs[place], name).item()
+    return team.total(total)[0] / num_learnt
 
 
 def _accumulate(
     model: PeftModel | PreTrainedModel,
     packs: list[Pack],
+    share: list[tuple[int, float]],
     num_learnt: int,
     forward: PackForward,
     scaler: torch.amp.GradScaler,
     fit: Fit,
+    seed_and_step: tuple[int, int],
+    team: Team,
 ) -> float | None:
-    """Add the gradients of every pack's share of the mean, and return that mean; None if memory ran out."""
+    """Add the gradients of what the packs of ``share`` give to the mean, and return that; None if memory ran out."""
     loss = 0.0
     try:
-        for pack in packs:
-            if not has_room_for(pack, fit, forward.device):
+        for place, weight in share:
+            pack = packs[place]
+            if not has_room_for(pack, fit, forward.device, team.local_count):
                 return None
-            mean = forward.summed_loss(pack, "train") / num_learnt
+            # Dropout's masks depend on seed, step and pack only, not on when and where the pack is computed.
+            seeds = np.random.SeedSequence((*seed_and_step, place))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+            mean = forward.summed_loss(pack, "train") * weight / num_learnt
             scaler.scale(mean).backward()
             loss += mean.item()
-        if (more := penalty(model)) is not None:  # steers the step, and is no part of the loss that is told
+        more = penalty(model) if team.is_first else None  # once a step, however many processes
+        if more is not None:  # steers the step, and is no part of the loss that is told
             scaler.scale(more).backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -260,12 +287,14 @@ def _pack(
     settings: TrainingSettings,
     forward: PackForward,
     fit: Fit,
+    team: Team,
 ) -> list[Pack]:
     return pack_examples(
         dataset,
         indices,
         max_tokens=fit.micro_batch_tokens,
         max_examples=settings.micro_batch_size,
+        num_processes=team.count,
         share_prefixes=forward.share_prefixes,
         cost=forward.cost,
     )

@@ -112,6 +112,11 @@ class OutputSettings(BaseModel):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
         default=(), description="experiment trackers that also get every step's metrics; each needs its extra"
     )
+    lost_after_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="several processes: one that has not answered the others for so long is lost, and the run ends",
+    )
     sample_questions: tuple[str, ...] = Field(
         default=(), description="questions asked during training, to watch it learn"
     )
