@@ -116,7 +116,7 @@ def test_losses_and_weights_are_those_of_one_process(processes, words, tmp_path,
 
 
 def test_the_dearest_packs_are_given_out_first_and_none_twice():
-    assert divide([7, 6, 3, 3], 2) == [[0, 2], [1, 3]]
+    assert divide([7, 6, 3, 3], 2) == [[0, 3], [1, 2]]
     assert divide([5], 3) == [[0], [], []]
     assert divide([1, 1, 1, 9], 2) == [[3], [0, 1, 2]]
 

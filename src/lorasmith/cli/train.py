@@ -1,10 +1,11 @@
 """``lorasmith train``: a run file (or a model and data) becomes a run folder with an adapter."""
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ from lorasmith.data.settings import BadRowPolicy, OverlongPolicy
 from lorasmith.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
+    from lorasmith.training.distributed import Team
     from lorasmith.training.job import TrainingJob
     from lorasmith.training.loop import StepReport
 
@@ -65,6 +67,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a stopped run; refuse to start a new one.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine to train with, one for each GPU.")
+    ] = 1,
     list_settings: Annotated[
         bool, typer.Option("--list-settings", help="Print every setting and end.")
     ] = False,
@@ -93,16 +98,53 @@ def command(
             "Nothing to train: name a run file (lorasmith init makes one), or data: lorasmith train --data FILE"
         )
     run_file = load_run_file(path, words)
-    run_dir = choose_run_dir(run_file, resume=resume)
-    check_held_out(run_file.report)
-    stopped = not train_run(run_file, run_dir)
-    if stopped:
-        again = shlex.join(["lorasmith", "train", *([path] if path else []), *words])
-        if run_file.run.name is None:
-            again += f" --name {run_dir.name}"
-        console.print(f"Stopped and saved. Go on with: [bold]{escape(again)}[/]", soft_wrap=True)
+    is_first = os.environ.get("RANK", "0") == "0"  # of a team; the others need not have its files
+    run_dir = choose_run_dir(run_file, resume=resume and is_first)
+    if is_first:
+        check_held_out(run_file.report)
+    words = ["train", *([path] if path else []), *words]
+    if run_file.run.name is None:
+        words.append(f"run.name={run_dir.name}")
+    if processes > 1:
+        sys.exit(_start(processes, words))
+    if not _train_in_team(run_file, run_dir):
+        console.print(
+            f"Stopped and saved. Go on with: [bold]{escape(shlex.join(['lorasmith', *words]))}[/]",
+            soft_wrap=True,
+        )
         sys.exit(EXIT_STOPPED)
-    report_after_training(run_dir, run_file.report)
+
+
+def _start(processes: int, words: list[str]) -> int:
+    from lorasmith.cli.processes import run_processes
+
+    if "WORLD_SIZE" in os.environ:
+        raise SettingsError(
+            "torchrun has started this process: leave --processes out, torchrun says how many there are."
+        )
+    return run_processes(words, processes)
+
+
+def _train_in_team(run_file: RunFile, run_dir: Path) -> bool:
+    """Train with the processes that were started with this one, and report; return False if stopped before the end.
+
+    Only the first process has a screen; it alone writes, and tells by its exit code whether the run was stopped.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and run_file.run.name is None:
+        raise SettingsError(
+            "Several processes train into one folder, and go on with it when they are started again: give the run a "
+            "name with --name NAME, or run.name in the run file."
+        )
+    from lorasmith.training.distributed import joined
+
+    with joined(run_file.base.device, run_file.run.lost_after_seconds) as team:
+        console.quiet = not team.is_first
+        finished = train_run(run_file, run_dir, team)
+    if not team.is_first:
+        return True
+    if finished:
+        report_after_training(run_dir, run_file.report)
+    return finished
 
 
 def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
@@ -119,33 +161,39 @@ def choose_run_dir(run_file: RunFile, *, resume: bool = False) -> Path:
     return root / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def train_run(run_file: RunFile, run_dir: Path) -> bool:
+def train_run(run_file: RunFile, run_dir: Path, team: "Team | None" = None) -> bool:
     """Train into ``run_dir`` with everything shown on screen; return False if it was stopped before its end."""
+    from lorasmith.training.distributed import ALONE
+
+    team = team or ALONE
     console.print(f"Run folder: [bold]{escape(str(run_dir))}[/]", soft_wrap=True)
-    if _is_finished(run_dir, run_file):
+    if team.from_first(lambda: _is_finished(run_dir, run_file)):
         return True
     from lorasmith.model.memory import keep_freed_memory
 
     keep_freed_memory()
     from lorasmith.training.job import hold_run, run_job
 
-    with hold_run(run_dir):
+    with hold_run(run_dir) if team.is_first else nullcontext():
         with _reading_progress() as progress:
             job = prepare(
                 run_file,
                 run_dir,
                 say=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
                 progress=progress,
+                team=team,
             )
         _print_plan(job)
         report = None
         with _stop_on_signals() as should_stop, _training_progress(job.num_steps) as show:
             for report in run_job(job, should_stop):
                 show(report)
-                _ask_samples(job, report)
+                if team.is_first:
+                    _ask_samples(job, report)
         if report is not None and report.step < report.num_steps:
             return False
-    _print_result(run_dir)
+    if team.is_first:
+        _print_result(run_dir)
     return True
 
 

@@ -12,7 +12,7 @@ one process may have three and another none. An adapter is small enough to be su
 The run folder belongs to process 0. The others are told what it says over the network, so that machines without a
 common disk can work together.
 
-Processes are started by ``torchrun`` or ``lorasmith train --processes N`` (launch.py) and find each other by the
+Processes are started by ``torchrun`` or ``lorasmith train --processes N`` and find each other by the
 environment variables of torchrun.
 """
 
