@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lorasmith as lorasmith_package
 from lorasmith.cli import main
-from lorasmith.errors import LorasmithError
+from lorasmith.errors import LorasmithError, SettingsError
 from lorasmith.training.reporters import note_samples, read_samples
 
 
@@ -263,3 +263,28 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder,
     assert f"Going on from step {done}" in resumed.stdout
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 1201))
+
+
+def test_under_torchrun_no_more_processes_are_started(lorasmith, monkeypatch, tiny_base_folder, rows):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="torchrun has started this process and says how many there are"):
+        raise lorasmith(*train_words(tiny_base_folder, rows), "--processes", "2").exception
+
+
+def test_under_torchrun_a_run_needs_a_name(lorasmith, monkeypatch, tiny_base_folder, rows):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="give the run a name with --name NAME"):
+        raise lorasmith(*train_words(tiny_base_folder, rows)).exception
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tiny_base_folder, rows, tmp_path):
+    command = [sys.executable, "-m", "lorasmith.cli.main"]
+    words = [*train_words(tiny_base_folder, rows), "--processes", "2", "--name", "mine"]
+    done = subprocess.run(
+        [*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Done: loss") == 1
+    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    assert '"processes": 2' in (tmp_path / "runs" / "mine" / "run.json").read_text()

@@ -8,7 +8,7 @@ from lorasmith.errors import LorasmithError
 
 
 def train_as(rank: int, count: int, port: int, words: list[str], run_dir: str, sender: Connection) -> None:
-    """Train as process ``rank`` of ``count`` and send every step's loss, then the end or the error's text."""
+    """Train as process ``rank`` of ``count`` of this machine, see :func:`train_and_tell`."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),
@@ -17,6 +17,11 @@ def train_as(rank: int, count: int, port: int, words: list[str], run_dir: str, s
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    train_and_tell(words, run_dir, sender)
+
+
+def train_and_tell(words: list[str], run_dir: str, sender: Connection) -> None:
+    """Train and send every step's loss, then the end or the error's text."""
     try:
         for report in train(load_run_file(None, words, {}), run_dir):
             sender.send((report.step, report.loss, report.validation_loss))

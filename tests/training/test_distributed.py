@@ -2,14 +2,20 @@
 
 import json
 import multiprocessing
+import shutil
 import socket
+import subprocess
+import sys
+import time
 from contextlib import closing
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from lorasmith.training.distributed import divide
+from lorasmith.training.reporters import read_metrics
 
 from .team_member import train_as
 
@@ -137,3 +143,85 @@ def test_when_a_process_is_killed_the_others_say_so_and_fewer_can_go_on(processe
     assert said == "end"
     assert steps[0][0] > 3, "it goes on from a checkpoint"
     assert_same_run(tmp_path / "run", steps, alone)
+
+
+def can_make_machines():
+    """Whether this user may make a network namespace, and has ip(8)."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        return False
+    tried = ["unshare", "--user", "--map-root-user", "--net", "ip", "link", "add", "m0", "type", "veth"]
+    return subprocess.run(tried, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_machines(), reason="no network namespaces here")
+def test_two_machines_lose_each_other_and_go_on_when_started_again(words, tmp_path, alone):
+    done = subprocess.run(
+        [
+            *("unshare", "--user", "--map-root-user", "--net"),
+            *(sys.executable, "-m", "tests.training.two_machines", str(tmp_path)),
+            *(word for word in words if "lost_after" not in word),
+            "run.lost_after_seconds=5",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cut, mended = json.loads(done.stdout)
+    for rank, said in enumerate(cut):
+        assert said[-1].startswith(f"LostProcessError: Process {rank} of 2"), said[-1]
+        assert "has not answered for 5 s" in said[-1]
+    assert [said[-1] for said in mended] == ["end", "end"]
+    steps = mended[0][:-1]
+    assert steps == mended[1][:-1]
+    assert steps[0][0] == 4, "it goes on from the checkpoint of step 3"
+    assert_same_run(tmp_path / "disk-0" / "run", [tuple(step) for step in steps], alone)
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (tmp_path / "disk-1").exists(), "the run folder belongs to the first process"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(words, tmp_path, alone):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--monitor-interval", "0.1", "-m", "lorasmith.cli.main", "train"),
+        *(*words, f"run.root={tmp_path}", "run.name=run", "report.after_training=false"),
+    ]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        await_that(torchrun, lambda: len(workers_of(torchrun)) == 2)
+        second = workers_of(torchrun)["1"]
+        await_that(torchrun, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 4)
+        second.kill()
+        output, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode == 0, output
+    assert "Going on from step" in output
+    assert output.count("Done: loss") == 1, "only the first process has the screen"
+    steps = [(m["step"], m["loss"], m.get("validation_loss")) for m in read_metrics(metrics)]
+    assert_same_run(tmp_path / "run", steps, alone)
+
+
+def workers_of(torchrun):
+    """Return the processes that ``torchrun`` has started, by their rank."""
+    children = psutil.Process(torchrun.pid).children()
+    return {child.environ()["RANK"]: child for child in children if "lorasmith.cli.main" in child.cmdline()}
+
+
+def await_that(process, claim):
+    deadline = time.monotonic() + 240
+    while not claim():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_sharded_base_gives_the_same_adapter(processes, words, tmp_path, alone, checkpointing):
+    sharded = [*words, "engine.shard_base=true", f"engine.gradient_checkpointing={checkpointing}"]
+    members = Members(processes, 2, sharded, tmp_path / "run")
+    outcomes = [members.until_end(rank) for rank in range(2)]
+    assert [said for _, said in outcomes] == ["end"] * 2
+    assert outcomes[0][0] == outcomes[1][0]
+    assert_same_run(tmp_path / "run", outcomes[0][0], alone)

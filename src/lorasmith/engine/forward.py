@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample
@@ -127,6 +128,11 @@ class PackForward:
     def dtype(self) -> torch.dtype:
         """The number format that the base computes in."""
         return self._base.dtype
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the layers: all must make the same passes, in the same order."""
+        return isinstance(self._decoder, FSDPModule)
 
     @property
     def frozen_layers(self) -> int:

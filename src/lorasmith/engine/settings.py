@@ -42,6 +42,11 @@ class EngineSettings(BaseModel):
         description="recompute activations in the backward pass: less memory, more time; "
         "auto: only if the largest packs do not fit without",
     )
+    shard_base: bool = Field(
+        default=False,
+        description="several processes: each keeps only its part of the base's layers, and they are gathered as they "
+        "are used; for a base that does not fit one GPU",
+    )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="CPU threads; auto: all cores, or fewer if a short measurement finds them faster",

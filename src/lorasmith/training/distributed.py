@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from lorasmith.errors import LostProcessError, SettingsError, TrainingError
 from lorasmith.packing.cost import PackCost
@@ -141,6 +142,23 @@ class Team:
         yield
         if self.local_rank == 0:
             self.wait()
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Run the block in one process of each machine after the other: together they would not fit its memory."""
+        most = torch.tensor([self.local_count])
+        if self.count > 1:
+            with self._awaiting():
+                dist.all_reduce(most, dist.ReduceOp.MAX)
+        for _ in range(self.local_rank):
+            self.wait()
+        yield
+        for _ in range(self.local_rank, int(most)):
+            self.wait()
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Return the processes as torch's fully_shard wants them; a gathering has the time limit of a step."""
+        return DeviceMesh.from_group(self._steps, device.type)
 
     def check_same(self, found: dict[str, str]) -> None:
         """Compare by name what this process found with what process 0 did.

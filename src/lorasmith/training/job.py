@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import OutputSettings, TrainingSettings
+from lorasmith.training.sharding import check_sharding, shard_base
 
 Say = Callable[[str], None]
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
@@ -126,6 +127,7 @@ def prepare_job(
     """
     check_trackers(output.trackers)
     check_method(method, base)
+    check_sharding(engine, method, base, output)
     if data.validation is not None and training.validation_share > 0:
         raise SettingsError(
             f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
@@ -190,19 +192,31 @@ def prepare_job(
     resume_from = _what_to_resume(run_dir, then, record, output, say, team)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
-    loaded = load_base(
-        resolved, choice, trust_remote_code=base.trust_remote_code, quantization=base.quantization
-    )
-    config = loaded.config.get_text_config()
     num_steps = training.num_steps(len(dataset))
-    if isinstance(method, FullSettings):
-        model = train_all_weights(loaded)
-    else:
-        model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
+    is_sharded = engine.shard_base and team.count > 1
+    # What is to be sharded does not fit the device whole.
+    where = replace(choice, device=torch.device("cpu")) if is_sharded else choice
+    with team.in_turn() if is_sharded else nullcontext():
+        loaded = load_base(
+            resolved, where, trust_remote_code=base.trust_remote_code, quantization=base.quantization
+        )
+        if isinstance(method, FullSettings):
+            model = train_all_weights(loaded)
+        else:
+            model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
+        if is_sharded:
+            assert isinstance(model, PeftModel), "check_sharding lets nothing else through"
+            shard_base(model, team, choice.device)
+            engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
+    config = loaded.config.get_text_config()
     engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
     settled = _recorded_fit(then, training, engine)
     # Copied before the engine changes the layers' forward; a run that goes on needs none.
     rehearsal = None
+    why = "as at the run's start"
+    if is_sharded and settled is None:
+        settled = Fit.unmeasured(training, engine.gradient_checkpointing is not False, choice.device)
+        why = "not measured: a pass over a sharded base takes all processes"
     if settled is None and team.is_first and base.quantization == "none":
         rehearsal = Rehearsal(copy_without_weights(model), engine)
     elif settled is None and team.is_first:
@@ -250,7 +264,7 @@ def prepare_job(
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     if settled is not None:
         fit = settled
-        say(f"Memory: {fit} (as at the run's start)")
+        say(f"Memory: {fit} ({why})")
     else:
         team.wait()  # the memory that is free is looked at when every process has taken its part
 

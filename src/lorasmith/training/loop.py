@@ -142,7 +142,7 @@ def train(
             num_learnt = sum(pack.num_learnt for pack in packs)
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            share = team.share(packs, forward.cost)
+            share = team.share(packs, forward.cost, evenly=forward.is_sharded)
             found = _accumulate(
                 model, packs, share, num_learnt, forward, scaler, fit, (settings.seed, step), team
             )
@@ -242,7 +242,7 @@ def mean_loss(
         indices = range(low, min(low + 64, len(dataset)))
         packs = _pack(dataset, indices, settings, forward, fit, team)
         num_learnt += sum(pack.num_learnt for pack in packs)
-        for place, weight in team.share(packs, forward.cost):
+        for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
             total += weight * forward.summed_loss(packs[place], name).item()
     return team.total(total)[0] / num_learnt
 
@@ -263,7 +263,7 @@ def _accumulate(
     try:
         for place, weight in share:
             pack = packs[place]
-            if not has_room_for(pack, fit, forward.device, team.local_count):
+            if not forward.is_sharded and not has_room_for(pack, fit, forward.device, team.local_count):
                 return None
             # Dropout's masks depend on seed, step and pack only, not on when and where the pack is computed.
             seeds = np.random.SeedSequence((*seed_and_step, place))
@@ -275,7 +275,8 @@ def _accumulate(
         if more is not None:  # steers the step, and is no part of the loss that is told
             scaler.scale(more).backward()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        # Without this process the others would wait for a sharded layer: no second try.
+        if forward.is_sharded or not is_out_of_memory(error):
             raise
         return None  # behind this line the traceback lets go of the pass's tensors
     return loss
