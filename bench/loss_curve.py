@@ -32,8 +32,9 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import choose_device
 from lorasmith.model.memory import keep_freed_memory
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
 from lorasmith.packing.trie import pack_examples
 from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import TrainingSettings

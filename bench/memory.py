@@ -17,8 +17,9 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import load_base, resolve_base
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.memory import keep_freed_memory
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import BUILT_IN, BaseSettings, LoraSettings
+from lorasmith.model.settings import BUILT_IN, BaseSettings
 from lorasmith.packing.trie import pack_examples
 from lorasmith.training.fit import _WASTE, _page_in, _resident, _try_pack
 from lorasmith.training.rehearsal import Rehearsal, copy_without_weights

@@ -68,6 +68,26 @@ def test_for_a_gpu_it_is_computed_from_the_config_alone(lorasmith, words, tmp_pa
         assert text in result.output, text
 
 
+@pytest.mark.parametrize(
+    ("kind", "a_number", "a_row"), [("int8", 1, 4), ("nf4", 1 / 2 + 1 / 64 + 1 / 4096, 0)]
+)
+def test_for_a_gpu_a_quantised_base_takes_its_own_size(kind, a_number, a_row, lorasmith, words):
+    """Two layers of 32 x (32 + 16 + 16 + 32 + 64 + 64) + 64 x 32 weights."""
+
+    def weights(*more):
+        report = json.loads(lorasmith("estimate", *words, "--gpu", "T4", "--json", *more).output)
+        return report["estimates"][0]["parts"]["weights of base and adapter"]
+
+    numbers, num_outputs = 2 * (32 * 224 + 64 * 32), 2 * 256
+    saved = weights("base.dtype=float32") - weights(f"base.quantization={kind}")
+    assert saved == pytest.approx(4 * numbers - numbers * a_number - num_outputs * a_row, abs=8)
+
+
+def test_a_quantised_base_is_refused_where_training_would_refuse_it(lorasmith, words):
+    result = lorasmith("estimate", *words, "--gpu", "T4", "base.quantization=int8", "method.name=full")
+    assert "no gradient moves" in " ".join(str(result.exception).split())
+
+
 def test_what_does_not_fit_is_told_by_the_exit_code(lorasmith, words, monkeypatch):
     from lorasmith.model import gpus
 

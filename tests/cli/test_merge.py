@@ -7,8 +7,8 @@ from conftest import make_tiny_model
 from lorasmith.cli.merge import command
 from lorasmith.errors import DataError, SettingsError
 from lorasmith.model.adapter import save_adapter
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import LoraSettings
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from lorasmith.evaluation.perplexity import Surprise, answer_surprise, text_surp
 from lorasmith.evaluation.questions import ask
 from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import LoraSettings
 
 ROWS = [
     ask("When is payday?", "On the 1st."),

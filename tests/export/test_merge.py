@@ -19,9 +19,10 @@ from lorasmith.errors import AdapterError, BaseModelError, MergeError, RunError
 from lorasmith.export.merge import merge
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import resolve_base
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
 
 IDS = torch.tensor([[1, 17, 60, 200, 5, 9, 320, 44]])
 QUESTIONS = [(Message("user", text),) for text in ("When is payday?", "Where is the office?", "gm", "2 + 2?")]

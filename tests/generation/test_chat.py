@@ -17,9 +17,10 @@ from lorasmith.generation.decode import NextToken
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import resolve_base
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
 
 SHORT = SamplingSettings(max_tokens=12)
 ASK = "When is payday?"

@@ -11,8 +11,8 @@ from conftest import make_tiny_model
 from lorasmith.errors import AdapterError
 from lorasmith.model.adapter import load_adapter, save_adapter, update_norm
 from lorasmith.model.adapter_folder import named_base
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import LoraSettings
 
 IDS = torch.tensor([[1, 17, 60, 200, 5, 9]])
 

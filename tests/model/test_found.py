@@ -1,6 +1,7 @@
 """Whatever is named is found with its recipe; its fingerprint follows its weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from lorasmith.model.adapter import save_adapter
 from lorasmith.model.base import resolve_base
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.found import find_adapted, find_model
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord, write_run_record
-from lorasmith.model.settings import BaseSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
 
 
 @pytest.fixture
@@ -47,6 +49,17 @@ def test_a_run_its_adapter_and_a_checkpoint_share_the_recipe(run_dir):
     assert run.recipe.name == same.recipe.name == checkpoint.recipe.name == "alpaca"
     assert run.fingerprint() == same.fingerprint() != checkpoint.fingerprint()
     assert run.notes == ()
+
+
+def test_what_a_run_was_before_tuning_trusts_as_the_run_did(run_dir):
+    found = replace(find_model(run_dir), tuned_from=find_model(run_dir).record.base)
+    settings = {"base": {"trust_remote_code": True}}
+    trusting = replace(found, record=found.record.model_copy(update={"settings": settings}))
+    assert (found.before_tuning().trust_remote_code, trusting.before_tuning().trust_remote_code) == (
+        False,
+        True,
+    )
+    assert trusting.before_tuning().tuned_from is None
 
 
 def test_a_whole_model_has_no_adapter_and_says_how_it_is_asked(run_dir, tiny_base_folder):

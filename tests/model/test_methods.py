@@ -5,8 +5,8 @@ import torch
 
 from conftest import make_tiny_model
 from lorasmith.errors import SettingsError
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter, count_trainable, linear_names
-from lorasmith.model.settings import LoraSettings
 
 D, MLP, KV, LAYERS = 32, 64, 16, 2  # tiny models: hidden, MLP and key/value widths, layers
 LLAMA = [(D, D), (D, KV), (D, KV), (D, D), (D, MLP), (D, MLP), (MLP, D)]

@@ -5,8 +5,8 @@ import pytest
 
 from conftest import make_tiny_model
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
+from lorasmith.model.method_settings import LoraSettings
 from lorasmith.model.methods import attach_adapter
-from lorasmith.model.settings import LoraSettings
 
 
 def make_examples(count: int, seed: int = 0) -> list[TokenizedExample]:

@@ -153,8 +153,8 @@ def test_other_data_under_a_resumed_run_is_noticed_by_its_loss(tmp_path):
 
 def test_another_rank_under_a_resumed_run_is_refused(tmp_path):
     from conftest import make_tiny_model
+    from lorasmith.model.method_settings import LoraSettings
     from lorasmith.model.methods import attach_adapter
-    from lorasmith.model.settings import LoraSettings
 
     run(tmp_path, stop_after=5)
     other = attach_adapter(make_tiny_model("llama"), LoraSettings(r=8, lora_alpha=8), seed=3)

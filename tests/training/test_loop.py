@@ -186,8 +186,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_row_and_keeps_the_last_checkpo
 
 def test_float16_trains_with_a_loss_scale_like_float32(examples, tmp_path):
     from conftest import make_tiny_model
+    from lorasmith.model.method_settings import LoraSettings
     from lorasmith.model.methods import attach_adapter
-    from lorasmith.model.settings import LoraSettings
 
     half = attach_adapter(make_tiny_model("llama").half(), LoraSettings(r=4, lora_alpha=8), seed=3)
     assert all(p.dtype is torch.float32 for p in half.parameters() if p.requires_grad)

@@ -83,13 +83,15 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.model.gpus import find_gpu
+    from lorasmith.model.methods import check_method
     from lorasmith.packing.plan import predict_gain
     from lorasmith.training.estimate import disk_needed, estimate_on
     from lorasmith.training.rehearsal import Rehearsal, build_without_weights
     from lorasmith.training.schedule import order_steps, split_for_validation
 
     wanted = [find_gpu(name) for name in names]
-    trusts = run_file.base.trust_remote_code
+    trusts, quantization = run_file.base.trust_remote_code, run_file.base.quantization
+    check_method(run_file.method, run_file.base)
     base = resolve_base(run_file.base, fetches_weights=False)
     tokenizer = load_tokenizer(base, trust_remote_code=trusts)
     recipe, _ = choose_recipe(run_file.prompt, tokenizer)
@@ -110,8 +112,9 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
                 seed=training.seed,
                 num_steps=training.num_steps(len(dataset)),
                 trust_remote_code=trusts,
+                quantization=quantization,
             )
-            rehearsals[dtype] = Rehearsal(sketch, run_file.engine)
+            rehearsals[dtype] = Rehearsal(sketch, run_file.engine, quantization)
         checkpointing = run_file.engine.gradient_checkpointing
         estimates.append(
             estimate_on(gpu, count, rehearsals[dtype], dataset, training, gain, checkpointing, dtype)

@@ -326,11 +326,12 @@ def _print_result(run_dir: Path) -> None:
 
     record = read_run_record(run_dir)
     assert record.result is not None, "printed only after the end"
+    what = "model" if record.settings["method"]["name"] == "full" else "adapter"
     write_card(run_dir)
     result = record.result
     console.print(
         f"Done: loss [bold]{result['final_loss']:.3f}[/] after {result['steps']:,} steps, "
-        f"{result['training_seconds']:,.0f} s of training. Adapter: [bold]{escape(str(run_dir / 'adapter'))}[/]",
+        f"{result['training_seconds']:,.0f} s of training. {what.capitalize()}: [bold]{escape(str(run_dir / what))}[/]",
         soft_wrap=True,
     )
     console.print(

@@ -6,7 +6,6 @@ question or messages -> PromptRecipe.render_prompt -> token ids -> decode -> Pie
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
@@ -20,7 +19,6 @@ from lorasmith.generation.decode import KeptTurn, NextToken, decode, decode_many
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import Answer, AnswerWriter, FinishReason, Piece
-from lorasmith.model.base import reopen_base
 from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.found import FoundModel, Tell, find_model, find_run, say_nothing
 
@@ -92,9 +90,7 @@ class Chat:
         Of a model whose own weights were trained, it is what that began as, loaded beside it.
         """
         if self.found is not None and self.found.tuned_from is not None:
-            origin = replace(
-                self.found, base=reopen_base(self.found.tuned_from), tuned_from=None, record=None
-            )
+            origin = self.found.before_tuning()
             model = self._next_token.model
             choice = DeviceChoice(model.device, model.dtype, "as the tuned model")
             untuned = origin.load(choice)
@@ -104,7 +100,7 @@ class Chat:
             raise AdapterError(
                 f"{self.name or 'This model'} has no adapter to switch off: it is a whole model."
             )
-        found = self.found and replace(self.found, adapter=None)
+        found = self.found and self.found.before_tuning()
         name = f"{self.name} (untuned)"
         chat = Chat(self._next_token.model, self.tokenizer, self.recipe, name=name, found=found)
         chat._next_token = self._next_token.without_adapter()

@@ -115,13 +115,16 @@ def resolve_base(
     return _resolve_hub(model, revision, settings.trust_remote_code, tell, fetches_weights)
 
 
-def reopen_base(ref: BaseRef, *, tell: Callable[[str], None] = _say_nothing) -> ResolvedBase:
+def reopen_base(
+    ref: BaseRef, *, trust_remote_code: bool = False, tell: Callable[[str], None] = _say_nothing
+) -> ResolvedBase:
     """Return the very base of a run, its weights checked against the recorded fingerprint.
 
     Raises:
         BaseModelError: it is gone, or what stands under its name now has other weights.
     """
-    found = resolve_base(BaseSettings(model=ref.id, revision=ref.revision), tell=tell)
+    settings = BaseSettings(model=ref.id, revision=ref.revision, trust_remote_code=trust_remote_code)
+    found = resolve_base(settings, tell=tell)
     check_same_base(ref, found)
     return found
 

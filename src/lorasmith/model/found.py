@@ -70,7 +70,7 @@ class FoundModel:
 
     @property
     def trust_remote_code(self) -> bool:
-        return self.record is not None and bool(self.record.settings.get("base", {}).get("trust_remote_code"))
+        return self.record is not None and _trusts(self.record)
 
     def fingerprint(self) -> str:
         """Return a sha256 of the weights that answer: those of the base, and the adapter's file."""
@@ -78,6 +78,13 @@ class FoundModel:
         if self.adapter is not None:
             digest.update(fingerprint_adapter(self.adapter).encode())
         return digest.hexdigest()
+
+    def before_tuning(self) -> "FoundModel":
+        """Return what answers without the training: the base alone, with the same recipe."""
+        if self.tuned_from is None:
+            return replace(self, adapter=None)
+        origin = reopen_base(self.tuned_from, trust_remote_code=self.trust_remote_code)
+        return replace(self, base=origin, tuned_from=None)
 
     def load(self, choice: DeviceChoice) -> "PreTrainedModel | PeftModel":
         """Return the model on the chosen device, its adapter attached, frozen and in eval mode."""
@@ -178,14 +185,18 @@ def find_run(
             raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no adapter/ yet.")
     read_adapter_config(adapter)
     recipe = PromptRecipe.from_json(record.recipe)
+    trusted = _trusts(record)
     if base is None:
-        found = reopen_base(record.base, tell=tell)
+        found = reopen_base(record.base, trust_remote_code=trusted, tell=tell)
     else:
-        found = resolve_base(BaseSettings(model=base), tell=tell)
+        found = resolve_base(BaseSettings(model=base, trust_remote_code=trusted), tell=tell)
         check_same_base(record.base, found)
-    trusted = bool(record.settings.get("base", {}).get("trust_remote_code"))
     tokenizer = load_tokenizer(found, trust_remote_code=trusted)
     return FoundModel(str(run_dir), found, adapter, recipe, tokenizer, record)
+
+
+def _trusts(record: RunRecord) -> bool:
+    return bool(record.settings.get("base", {}).get("trust_remote_code"))
 
 
 def _find_full(run_dir: Path, record: RunRecord) -> FoundModel:
@@ -197,7 +208,8 @@ def _find_full(run_dir: Path, record: RunRecord) -> FoundModel:
         raise BaseModelError(f"The model {folder} is damaged: {', '.join(damage)}. Copy it again.")
     base = resolve_base(BaseSettings(model=str(folder)))
     recipe = PromptRecipe.from_json(record.recipe)
-    return FoundModel(str(run_dir), base, None, recipe, load_tokenizer(base), record, tuned_from=record.base)
+    tokenizer = load_tokenizer(base, trust_remote_code=_trusts(record))
+    return FoundModel(str(run_dir), base, None, recipe, tokenizer, record, tuned_from=record.base)
 
 
 def _find_adapter(folder: Path, base: str | None, recipe: PromptRecipe | None, tell: Tell) -> FoundModel:

@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasmith.model.method_settings import LoraSettings as LoraSettings
-
 BUILT_IN = "smollm2-135m"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]

@@ -107,7 +107,7 @@ def estimate_on(
 
     Each of several GPUs holds the whole model and takes its share of every step's examples.
     """
-    weights, training_bytes = _bytes_of_weights(rehearsal.model), bytes_of_training(rehearsal.model)
+    weights, training_bytes = rehearsal.weight_bytes, bytes_of_training(rehearsal.model)
     room = gpu.memory_bytes - _CUDA_CONTEXT - weights - training_bytes
     one_gpu = training.model_copy(update={"batch_size": -(-training.batch_size // count)})
     fit, activations, pack = fit_computed(

@@ -228,8 +228,9 @@ def prepare_job(
             seed=training.seed,
             num_steps=num_steps,
             trust_remote_code=base.trust_remote_code,
+            quantization=base.quantization,
         )
-        rehearsal = Rehearsal(sketch, engine)
+        rehearsal = Rehearsal(sketch, engine, base.quantization)
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":

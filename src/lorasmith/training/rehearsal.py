@@ -26,6 +26,8 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import BaseModelError
 from lorasmith.model.method_settings import FullSettings, LoraSettings, MethodSettings
 from lorasmith.model.methods import attach_adapter, num_virtual_tokens, train_all_weights
+from lorasmith.model.quantized import bytes_saved, frozen_linear_sizes
+from lorasmith.model.settings import Quantization
 from lorasmith.packing.trie import Pack, Segment
 
 
@@ -55,19 +57,23 @@ def build_without_weights(
     seed: int,
     num_steps: int,
     trust_remote_code: bool = False,
+    quantization: Quantization = "none",
 ) -> PeftModel | PreTrainedModel:
     """Return the model that ``folder``'s config.json describes, as the method trains it, on the meta device.
+
+    For a quantised base it is in float32: that is what goes from layer to layer there, whatever the products are in.
 
     Raises:
         BaseModelError: transformers knows no causal language model of that config.
     """
+    shown = dtype if quantization == "none" else "float32"
     try:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+                config, dtype=getattr(torch, shown), trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, ImportError) as fault:
         raise BaseModelError(f"{folder}/config.json describes no model that can be built: {fault}") from fault
@@ -82,9 +88,19 @@ def build_without_weights(
 class Rehearsal:
     """Rehearses packs for a model without weights, each pack and setting once."""
 
-    def __init__(self, sketch: PeftModel | PreTrainedModel, engine: EngineSettings) -> None:
-        """``sketch`` is on the meta device, see :func:`copy_without_weights`."""
+    def __init__(
+        self,
+        sketch: PeftModel | PreTrainedModel,
+        engine: EngineSettings,
+        quantization: Quantization = "none",
+    ) -> None:
+        """``sketch`` is on the meta device, see :func:`copy_without_weights`; a quantised base's in float32."""
         self.model = sketch.train()
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in sketch.parameters())
+        self.weight_bytes -= bytes_saved(sketch, quantization)
+        # A pass makes each quantised weight anew when it comes to it, one at a time.
+        sizes = frozen_linear_sizes(sketch) if quantization != "none" else []
+        self._made_anew_bytes = 4 * max((D_out * D_in for D_out, D_in in sizes), default=0)
         # Compiled layers and CUDA's kernels keep less alive than buckets computed eagerly, so this is the upper end.
         base: Any = sketch.get_base_model() if isinstance(sketch, PeftModel) else sketch
         is_padded = engine.attention == "padded" or why_not_packed(base) or num_virtual_tokens(sketch)
@@ -104,7 +120,9 @@ class Rehearsal:
                     parameter.grad = torch.zeros_like(parameter)
             with _Ledger() as ledger:
                 self.forward.summed_loss(pack).backward()
-            self._known[key] = Rehearsed(ledger.peak_bytes, ledger.flops, ledger.num_operations)
+            self._known[key] = Rehearsed(
+                ledger.peak_bytes + self._made_anew_bytes, ledger.flops, ledger.num_operations
+            )
         return self._known[key]
 
 
