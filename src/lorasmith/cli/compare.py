@@ -22,7 +22,7 @@ from lorasmith.cli.console import console
 from lorasmith.cli.report import check_held_out
 from lorasmith.cli.run_file import make_run_name, write_run_file
 from lorasmith.data.sources import open_source
-from lorasmith.errors import LorasmithError, RunError, SettingsError
+from lorasmith.errors import LorasmithError, RunError, SettingsError, TrainingError
 from lorasmith.evaluation.comparison import (
     HEADER,
     LEGEND,
@@ -56,28 +56,40 @@ def command(
         int | None,
         typer.Option(min=1, help="Train each on so many tokens of data. Default: as the run files say."),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="Try learning rates and ranks instead, and write the best run file."),
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time for --search, all starts of it together.")
+    ] = 60.0,
     name: Annotated[
         str | None, typer.Option(help="Folder of the comparison, below run.root. Default: compare-DATA.")
     ] = None,
 ) -> None:
     """Train several methods on the same data, split, seed and budget, ask each the same, and say which is best.
 
-    Each is one [bold]lorasmith train[/] in a process of its own, one after the other, with a run folder and a run
-    file of its own. A comparison that was stopped goes on where it was.
+    Each is one [bold]lorasmith train[/] in a process of its own, with a run folder and a run file of its own. With
+    --search, each method's learning rate and rank are tried by Optuna, judged by the validation loss. What was
+    stopped goes on when it is started again.
     """
     names = read_methods(methods) if methods is not None else []
-    candidates = make_candidates(arguments, names)
-    first = candidates[0].run_file
-    if len(candidates) < 2:
+    whole = make_candidates(arguments, names)
+    first = whole[0].run_file
+    if len(whole) < 2 and not search:
         raise SettingsError("One run is nothing to compare: name --methods lora,full, or several run files.")
     check_held_out_is_there(first)
     check_held_out(first.report.model_copy(update={"after_training": True}))
+    candidates = whole
     if tokens is not None:
-        candidates, epochs = with_budget(candidates, tokens)
+        candidates, epochs = with_budget(whole, tokens)
         console.print(f"Budget: about {tokens:,} tokens of data each, {epochs:g} epochs.")
     check_budgets(candidates)
     stem = make_run_name(Path(first.data.train).stem) or "runs"
     folder = Path(first.run.root) / (name or f"compare-{stem}")
+    if search:
+        _search(candidates, whole, folder, minutes)
+        return
     entries, faults = _train_all(candidates, folder)
     if entries:
         ranked, untuned = rank([entry for entry, _ in entries]), entries[0][1]
@@ -112,6 +124,40 @@ def _train_all(
             faults[candidate.name] = str(fault)
             console.print(f"[red]{escape(candidate.name)} failed:[/] {escape(str(fault))}", soft_wrap=True)
     return entries, faults
+
+
+def _search(
+    candidates: Sequence[Candidate], whole: Sequence[Candidate], folder: Path, minutes: float
+) -> None:
+    """Search for ``minutes`` and write best.yaml: the best settings with the budget of the ``whole`` run file."""
+    from lorasmith.cli.search import in_words, open_study, search, with_settings
+
+    study = open_study(candidates, folder)
+    console.print(f"Search: [bold]{escape(str(folder))}[/], {minutes:g} minutes", soft_wrap=True)
+    tell = lambda line: console.print(escape(line), soft_wrap=True)  # noqa: E731
+    tried, was_stopped = search(study, candidates, folder, minutes, tell)
+    if was_stopped:
+        console.print("Stopped; the same command goes on with it.")
+        sys.exit(EXIT_STOPPED)
+    if not tried:
+        raise TrainingError(
+            f"No trial came to its end within {minutes:g} minutes. Give more time (--minutes), or each trial less "
+            "to train on: --tokens N."
+        )
+    best = tried[0]
+    own = next((one for one in tried if one.name == best.name and one.is_own), None)
+    console.print(f"Best of {len(tried)}: {escape(in_words(best.name, best.settings))}: {best.loss:.4f}.")
+    if own is best:
+        console.print("These are its own settings: nothing that was tried is better.")
+    elif own is not None:
+        console.print(f"Its own settings ({escape(in_words(own.name, own.settings))}) gave {own.loss:.4f}.")
+    file = folder / "best.yaml"
+    chosen = next(candidate for candidate in whole if candidate.name == best.name)
+    comment = (
+        f"Found by lorasmith compare --search: validation loss {best.loss:.4f}, the best of {len(tried)}."
+    )
+    write_run_file(file, with_settings(chosen.run_file, best.settings), comment=comment)
+    console.print(f"Next: [bold]lorasmith train {escape(str(file))}[/]", soft_wrap=True)
 
 
 def _write(candidate: Candidate, folder: Path) -> Path:

@@ -27,6 +27,7 @@ EXTRAS = {
     "mlflow": "MLflow curves",
     "quantized": "base.quantization",
     "lm-eval": "lorasmith evaluate --tasks",
+    "search": "lorasmith compare --search",
     "serve": "lorasmith serve",
     "llama-cpp": "lorasmith export --prove",
     "langchain": "LangChain's chat model (lorasmith.langchain)",
