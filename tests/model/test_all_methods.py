@@ -8,9 +8,11 @@ from peft import PeftModel
 
 from conftest import make_tiny_model
 from lorasmith.cli.run_file import load_run_file, train
+from lorasmith.data.example import Message
 from lorasmith.errors import MergeError, SettingsError
 from lorasmith.export.merge import merge
 from lorasmith.generation.chat import Chat
+from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.method_settings import METHODS
 from lorasmith.model.methods import attach_adapter, count_trainable, spare_boft_kernel
 from lorasmith.model.run_record import read_run_record
@@ -42,6 +44,7 @@ CASES = {
     ),
     "full": ({}, None),
 }
+SHORT = SamplingSettings(max_tokens=8)
 VIRTUAL = {"prompt", "prefix", "p_tuning"}
 
 
@@ -85,9 +88,9 @@ def test_a_run_counts_learns_and_is_asked(name, runs):
     assert reports[-1].loss < reports[0].loss
     chat = Chat.from_run(run_dir, device="cpu", dtype="float32")
     questions = ["What is 3 plus 3?", "What is 11 plus 11, and why?"]
-    one_by_one = [chat.ask(question).token_ids for question in questions]
-    assert [answer.token_ids for answer in chat.ask_many(questions)] == one_by_one
-    base = Chat.from_run(run_dir, device="cpu", dtype="float32").base()
+    one_by_one = [chat.ask(question, sampling=SHORT).token_ids for question in questions]
+    assert [answer.token_ids for answer in chat.ask_many(questions, sampling=SHORT)] == one_by_one
+    base = chat.base()
     ids = torch.tensor([chat.encode_prompt(questions[0])])
     logits = [
         side._next_token(
@@ -129,7 +132,8 @@ def test_merging_is_proven_or_refused_by_name(name, runs, tmp_path):
         with pytest.raises(MergeError, match=r"nothing to merge: .*model is the whole model"):
             merge(run_dir, tmp_path / "merged", device="cpu")
     else:
-        assert merge(run_dir, tmp_path / "merged", device="cpu").faults() == []
+        asked = [[Message("user", f"What is {i} plus {i}?")] for i in (3, 11)]
+        assert merge(run_dir, tmp_path / "merged", prompts=asked, device="cpu").faults() == []
 
 
 @pytest.mark.parametrize("name", sorted(VIRTUAL))

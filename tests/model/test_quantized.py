@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from lorasmith.cli.run_file import load_run_file, train
+from lorasmith.data.example import Message
 from lorasmith.errors import MissingExtraError, SettingsError
 from lorasmith.export.merge import merge
 from lorasmith.model.base import load_base, resolve_base
@@ -82,7 +83,8 @@ def test_the_recipe_of_2023_runs_on_it_and_merges_into_the_unquantised_base(
     words += ["training.learning_rate=1e-2", "engine.threads=1", "base.dtype=float32"]
     reports = list(train(load_run_file(EXAMPLE, words, {}), tmp_path / "run"))
     assert reports[-1].loss < reports[0].loss
-    assert merge(tmp_path / "run", tmp_path / "merged", device="cpu").faults() == []
+    asked = [[Message("user", "What is 3 plus 3?")], [Message("user", "Who?")]]
+    assert merge(tmp_path / "run", tmp_path / "merged", prompts=asked, device="cpu").faults() == []
     weights = load_base(resolve_base(BaseSettings(model=str(tmp_path / "merged"))), CPU)
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
 
