@@ -1,6 +1,7 @@
 """Runs side by side: their order, what is said of the best one, and what is written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from lorasmith.evaluation.comparison import (
     HEADER,
     Entry,
     Untuned,
+    check_asked_alike,
     rank,
     read_entry,
     tell_best,
@@ -20,10 +22,9 @@ NOTHING = Untuned(5.0, (False,) * 40)
 
 
 def entry(name, right, *, loss=1.0, stopped=40, general=(50, 48), saved=2**20, peak=2**30, seconds=100.0):
-    return Entry(
-        name, name, 1e-3, loss, (True,) * right + (False,) * (40 - right), Count(stopped, 40), general, 1.1, 4096,
-        saved, peak, seconds, 1000,
-    )  # fmt: skip
+    is_right = (True,) * right + (False,) * (40 - right)
+    counts = (Count(stopped, 40), general, 1.1, 4096, saved, peak, seconds, 1000)
+    return Entry(name, name, 1e-3, loss, "the same", is_right, *counts)
 
 
 def test_the_best_is_right_most_often_and_then_surest():
@@ -64,6 +65,13 @@ def test_a_comparison_is_written_for_people_and_machines(tmp_path):
     assert {line.count("|") for line in lines[:5]} == {len(HEADER) + 1}
     assert lines[-1] == "full failed: no memory"
     assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_that_were_asked_different_questions_are_not_compared():
+    first, other = entry("lora", 3), replace(entry("dora", 3), asked="others")
+    check_asked_alike(first, entry("dora", 3))
+    with pytest.raises(RunError, match=r"dora was asked other questions than lora.*lorasmith report --run"):
+        check_asked_alike(first, other)
 
 
 def test_a_run_without_a_report_is_no_entry(trained_run):

@@ -29,6 +29,7 @@ from lorasmith.evaluation.comparison import (
     UNTUNED,
     Entry,
     Untuned,
+    check_asked_alike,
     rank,
     read_entry,
     tell_best,
@@ -115,10 +116,13 @@ def _train_all(
             if not _is_there(candidate, run_dir):
                 progress = f"{candidate.name} ({number} of {len(candidates)})"
                 if not _train(progress, files[candidate.name], run_dir):
-                    again = "the same command goes on with it"
-                    console.print(f"Stopped in {escape(progress)}; {again}.", soft_wrap=True)
+                    console.print(
+                        f"Stopped in {escape(progress)}; the same command goes on with it.", soft_wrap=True
+                    )
                     sys.exit(EXIT_STOPPED)
-            entries.append(read_entry(candidate.name, run_dir))
+            found = read_entry(candidate.name, run_dir)
+            check_asked_alike((entries or [found])[0][0], found[0])
+            entries.append(found)
             console.print(escape(_line(entries[-1][0].cells(), width)), soft_wrap=True)
         except LorasmithError as fault:
             faults[candidate.name] = str(fault)

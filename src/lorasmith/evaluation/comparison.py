@@ -3,6 +3,7 @@
 Read from what the runs themselves wrote, run.json and report.json, so nothing is asked twice.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class Entry:
     method: str
     learning_rate: float
     loss: float  # nats a token of the held-out answers
+    asked: str  # sha256 of the held-out questions and their references
     is_right: tuple[bool, ...]  # each held-out answer
     stopped: Count
     num_general: tuple[int, int]  # general questions answered right: by the untuned base, and now
@@ -101,11 +103,13 @@ def read_entry(name: str, run_dir: Path) -> tuple[Entry, Untuned]:
     held_out, probe, result = report["held_out"], report["probe"], record.result
     compared = probe["compared"]
     texts = [probe[side]["loss"] for side in ("base_text", "tuned_text")]
+    asked = [(answer["question"], answer["reference"]) for answer in held_out["tuned"]["records"]]
     entry = Entry(
         name=name,
         method=record.settings["method"]["name"],
         learning_rate=max(step["learning_rate"] for step in report["metrics"]),
         loss=held_out["tuned_surprise"]["loss"],
+        asked=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         is_right=_is_right(held_out["tuned"]),
         stopped=Count(**held_out["tuned"]["stopped"]),
         num_general=(compared["both"] + compared["lost"], compared["both"] + compared["gained"]),
@@ -117,6 +121,15 @@ def read_entry(name: str, run_dir: Path) -> tuple[Entry, Untuned]:
         num_tokens=result["tokens"],
     )
     return entry, Untuned(held_out["base_surprise"]["loss"], _is_right(held_out["base"]))
+
+
+def check_asked_alike(first: Entry, entry: Entry) -> None:
+    """Raise RunError where two runs were asked different questions: a held-out file has changed in between."""
+    if first.asked != entry.asked:
+        raise RunError(
+            f"{entry.name} was asked other questions than {first.name}, so they cannot be compared: the held-out data "
+            "has changed in between. Make the older report again: lorasmith report --run RUN."
+        )
 
 
 def rank(entries: Sequence[Entry]) -> list[Entry]:
