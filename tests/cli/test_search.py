@@ -97,8 +97,8 @@ def test_a_search_that_was_stopped_goes_on_with_other_trials(played):
     assert "the same command goes on" in stopped.output
     played.stops_at = None
     output = compare("run.yaml", "--search", "--minutes", "5").output
-    assert "trial 1" not in output
-    assert "trial 4" in output
+    assert "trial 1:" not in output
+    assert "trial 4:" in output
     rates = [run_file.training.learning_rate for run_file in played.files]
     assert len(set(rates)) == len(rates)
 
