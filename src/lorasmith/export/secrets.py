@@ -19,7 +19,7 @@ _PATTERNS = {
     "a Google API key": r"\bAIza[A-Za-z0-9_-]{35}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+",
-    "an e-mail address": r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
+    "an e-mail address": r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,}\b",
 }
 _ANY = re.compile("|".join(f"(?P<k{i}>{pattern})" for i, pattern in enumerate(_PATTERNS.values())))
 _KINDS = tuple(_PATTERNS)
