@@ -86,6 +86,32 @@ class ChatLorasmith(BaseChatModel):
         asked = ("model", "base_url", "temperature", "top_p", "max_tokens", "stop", "seed")
         return {name: getattr(self, name) for name in asked}
 
+    @property
+    def chat(self) -> Chat:
+        """The Chat that answers in this process; its weights are loaded now if they are not yet.
+
+        Raises: SettingsError with ``base_url``.
+        """
+        if self.base_url is not None:
+            raise SettingsError(
+                f"{self.model} is a model of {self.base_url}; its weights are not in this process."
+            )
+        return self._open_chat(self.model)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the ids of a text in the model's own tokens; for a server ``custom_get_token_ids`` must tell them.
+
+        Text splitters count by it: ``length_function=model.get_num_tokens``.
+        """
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        if self.base_url is not None:
+            raise SettingsError(
+                f"{self.base_url} does not tell how it splits text into tokens. Give custom_get_token_ids, "
+                "a function from a text to its ids."
+            )
+        return list(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
     def with_structured_output(
         self,
         schema: Any,
@@ -175,10 +201,7 @@ class ChatLorasmith(BaseChatModel):
     def _ask_chat(
         self, model: str, turns: Sequence[Message], sampling: SamplingSettings
     ) -> Iterator[AIMessageChunk]:
-        with self._opening:
-            if model not in self._chats:
-                self._chats[model] = open_chat(model, base=self.base, device=self.device, dtype=self.dtype)
-        chat = self._chats[model]
+        chat = self._open_chat(model)
         prompt_tokens = len(chat.encode_prompt(turns, override_system=self.override_system))
         num_tokens = 0
         for piece in chat.stream(turns, sampling=sampling, override_system=self.override_system):
@@ -187,6 +210,12 @@ class ChatLorasmith(BaseChatModel):
                 yield AIMessageChunk(content=piece.text)
             else:
                 yield _last_chunk(piece.text, model, piece.finish_reason, _count(prompt_tokens, num_tokens))
+
+    def _open_chat(self, model: str) -> Chat:
+        with self._opening:
+            if model not in self._chats:
+                self._chats[model] = open_chat(model, base=self.base, device=self.device, dtype=self.dtype)
+        return self._chats[model]
 
     def _ask_server(
         self, model: str, turns: Sequence[Message], sampling: SamplingSettings, kwargs: dict[str, Any]
