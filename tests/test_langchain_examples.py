@@ -8,6 +8,7 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.runnables import RunnableLambda
 
 from export.test_merge import make_run
+from lorasmith.data.settings import PromptSettings
 from lorasmith.evaluation.facts import has_keywords
 from lorasmith.evaluation.questions import read_evaluation_rows
 from lorasmith.langchain import ChatLorasmith
@@ -20,7 +21,8 @@ SUPPORT = EXAMPLES / "chat" / "support.jsonl"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_base_folder, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("runs")
-    return [str(make_run(folder / name, tiny_base_folder, tiny_tokenizer)) for name in ("one", "two")]
+    short = PromptSettings(recipe="chat", stop=("p",))  # the letter that untrained answers are full of
+    return [str(make_run(folder / name, tiny_base_folder, tiny_tokenizer, short)) for name in ("one", "two")]
 
 
 @pytest.fixture

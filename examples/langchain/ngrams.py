@@ -11,9 +11,7 @@ import numpy as np
 from langchain_core.embeddings import Embeddings
 
 SIZE = 1024
-COMMON = frozenset(
-    "a an and are at be by can do does for how i in is it my of on or the to what when where who".split()
-)
+COMMON = "a an and are at be by can do does for how i in is it my of on or the to what when where who"
 
 
 class NGramEmbeddings(Embeddings):
@@ -31,6 +29,7 @@ class NGramEmbeddings(Embeddings):
 
 
 def _pieces(text: str) -> list[str]:
-    words = [word for word in re.findall(r"\w+", text.lower()) if word not in COMMON]
+    common = COMMON.split()
+    words = [word for word in re.findall(r"\w+", text.lower()) if word not in common]
     letters = [word[i : i + 4] for word in words for i in range(len(word) - 3)]
     return [*words, *letters, *(" ".join(pair) for pair in pairwise(words))]

@@ -25,9 +25,11 @@ def learn_routes(taught: Mapping[str, Path]) -> Callable[[str], str]:
     ``taught`` gives each model's training data.
     """
     documents = [
-        Document(row.question, metadata={"model": model})
+        Document(turn.content, metadata={"model": model})
         for model, file in taught.items()
         for row in read_evaluation_rows(file)
+        for turn in row.asked
+        if turn.role == "user"
     ]
     store = InMemoryVectorStore.from_documents(documents, NGramEmbeddings())
     return lambda question: store.similarity_search(question, k=1)[0].metadata["model"]
