@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,10 +37,10 @@ chmod +x "$3/bin/python"
 class Machine:
     """A rented machine: gone with everything on it when it is lost; the bucket stays."""
 
-    def __init__(self, folder, task):
-        self.folder, self.task, self.bucket = folder, task, folder / "bucket"
+    def __init__(self, folder, task, bucket):
+        self.folder, self.task, self.bucket = folder, task, bucket
         self.home, self.pip_log = folder / "home", folder / "pip.log"
-        (folder / "bin").mkdir()
+        (folder / "bin").mkdir(parents=True)
         stub = folder / "bin" / "python3"
         stub.write_text(PYTHON3.format(python=sys.executable, pip_log=self.pip_log))
         stub.chmod(0o755)
@@ -115,9 +116,12 @@ def machine(tmp_path, run_file, make_launch, make_quote):
     workdir = tmp_path / "workdir"
     workdir.mkdir()
     fill_workdir(workdir, run_file.model_dump(mode="json"), ())
-    return lambda **changes: Machine(
-        tmp_path, make_task(make_launch(**changes), [make_quote()], str(workdir))
-    )
+
+    def rent(name="machine", **changes):
+        task = make_task(make_launch(**changes), [make_quote()], str(workdir))
+        return Machine(tmp_path / name, task, tmp_path / "bucket")
+
+    return rent
 
 
 @pytest.mark.slow
@@ -164,3 +168,26 @@ def test_a_lost_machine_is_replaced_and_the_weights_are_the_same(machine, run_fi
     code, output = rented.run("run")
     assert code == 0
     assert "finished already" in output
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(machine, run_file, tmp_path):
+    rented = [machine(name, nodes=2) for name in ("first", "second")]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    processes = []
+    for rank, one in enumerate(rented):
+        assert one.run("setup") == (0, "")
+        one.task["run"] = one.task["run"].replace("--master-port 29500", f"--master-port {port}")
+        nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
+        processes.append(one.start("run", SKYPILOT_NODE_RANK=str(rank), **nodes))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+    for _ in train(run_file, tmp_path / "whole"):
+        pass
+    whole, found = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "whole", rented[0].copy))
+    assert [step["step"] for step in found] == [step["step"] for step in whole]
+    assert [step["loss"] for step in found] == pytest.approx([step["loss"] for step in whole], rel=1e-3)
+    assert json.loads((rented[0].copy / "run.json").read_text())["result"]["steps"] == NUM_STEPS
+    assert not (rented[1].home / "lorasmith-runs").exists()
