@@ -79,7 +79,7 @@ class Machine:
         """End every process by SIGKILL and clear the disk, as a spot machine goes."""
         for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             one.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         shutil.rmtree(self.home)
 
     def end_politely(self, process):
@@ -143,7 +143,7 @@ def test_a_lost_machine_is_replaced_and_the_weights_are_the_same(machine, run_fi
     process = rented.start("run")
     rented.wait_for_checkpoint(process, 24)
     rented.end_politely(process)  # as timeout does when the money is gone, and sky when a job is cancelled
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 3, output
     assert "Going on from step " in output
     assert "Stopping after this step" in output
