@@ -58,7 +58,9 @@ def test_an_adapter_is_loaded_asked_and_unloaded(client, adapters, lone_chats):
 def test_only_allowed_folders_are_opened(client, adapters, tmp_path):
     shutil.copytree(adapters["beta"], tmp_path / "beta")
     (adapters["alpha"].parent / "link").symlink_to(tmp_path / "beta")
-    for path in (tmp_path / "beta", adapters["alpha"].parent / "link", adapters["alpha"] / ".." / ".."):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    outside = [tmp_path / "beta", adapters["alpha"].parent / "link", adapters["alpha"] / ".." / ".."]
+    for path in (*outside, "~", "~nobody/x", "\0", tmp_path / "loop", "x" * 5000):
         with pytest.raises(
             openai.BadRequestError, match="is not in a folder that this server loads adapters from"
         ):

@@ -192,10 +192,32 @@ def test_a_row_held_to_a_schema_leaves_the_others_alone(client, lone_chats):
     assert sum(json.loads(text).keys() == {"ok", "kind"} for text in answers if text != alone) == 3
 
 
-def test_a_schema_that_cannot_be_held_to_is_refused(client):
-    wanted = {"type": "json_schema", "json_schema": {"name": "v", "schema": {"type": "nonsense"}}}
-    with pytest.raises(openai.BadRequestError, match=r"the schema cannot be used: .*nonsense"):
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "nonsense"}, "nonsense"),
+        ({"$ref": "http://elsewhere.example/schema"}, "does not fetch resources"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "NoExtensionBias"),
+        ({"minimum": 5, "maximum": 3, "type": "integer"}, "Unsatisfiable schema"),
+    ],
+)
+def test_a_schema_that_cannot_be_held_to_is_refused(client, schema, why):
+    wanted = {"type": "json_schema", "json_schema": {"name": "v", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=rf"the schema cannot be used: .*{why}"):
         ask(client, response_format=wanted)
+
+
+def test_token_ids_go_as_they_are_and_must_be_the_models(client, lone_chats):
+    ids = lone_chats["gamma"].encode_prompt("When is payday?")
+    by_recipe = client.completions.create(model="gamma", prompt="When is payday?", max_tokens=12)
+    both = client.completions.create(model="gamma", prompt=[ids[:3], ids], max_tokens=12)
+    assert both.choices[1].text == by_recipe.choices[0].text
+    vocabulary = lone_chats["gamma"]._next_token.model.config.vocab_size
+    for wrong in (vocabulary, -1, 10**30):
+        with pytest.raises(openai.BadRequestError, match=f"is not between 0 and {vocabulary - 1}"):
+            client.completions.create(model="gamma", prompt=[1, wrong])
+    with pytest.raises(openai.BadRequestError, match="The prompt is empty"):
+        client.completions.create(model="gamma", prompt=[])
 
 
 REFUSED = [
@@ -204,9 +226,15 @@ REFUSED = [
     ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
     ({"max_tokens": 99_999}, r"max_tokens is 99999; this server writes at most 2048\."),
-    ({"n": 99}, "99 answers to each of 1 prompts; at most 8"),
+    ({"n": 99}, "99 answers to each of 1 prompts; this server gives at most 8"),
     ({"stop": [""]}, "a stop string is empty"),
+    ({"stop": ["a"] * 17}, "There are 17 stop strings; this server looks for at most 16"),
+    ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
     ({"extra_body": {"temprature": 1}}, "temprature is unknown to this server. Did you mean temperature"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        r"messages\.0\.content\.0\.type: Input should be 'text'",
+    ),
     ({"messages": []}, "messages: Tuple should have at least 1 item"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\.0\.role: Input should be"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user's message"),
@@ -250,12 +278,24 @@ def test_bodies_that_are_none_are_refused(url, service):
     assert "The request is no JSON" in post(url, b"{").json()["error"]["message"]
     assert post(url, b"[1]").json()["error"]["message"] == "The request is no JSON object."
     assert post(url, b"[" * 100_000).status_code == 400
+    half = post(url, b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}')
+    assert (half.status_code, half.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert post(url, b'{"temperature": NaN}').status_code == 400
     too_large = post(url, b" " * (service.settings.max_request_bytes + 1))
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "request_too_large")
     assert httpx2.post(url + "/v1/chat/completions", content=b"{}").status_code == 415
     assert httpx2.get(url + "/v1/other").json()["error"]["code"] == "unknown_url"
     assert httpx2.get(url + "/v1/chat/completions").status_code == 405
     assert httpx2.get(url + "/health", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_a_defect_is_told_in_openais_shape(tiny_base_folder, monkeypatch, caplog):
+    service = open_service(tiny_base_folder, {})
+    monkeypatch.setattr(service, "find_model", lambda name: {}[name])
+    with serving(service) as url:
+        reply = post(url, b'{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}')
+    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    assert "KeyError: 'tiny'" in caplog.text
 
 
 def test_a_key_opens_the_door_and_nothing_else_does(tiny_base_folder, caplog):

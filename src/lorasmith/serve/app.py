@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -64,6 +65,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])
     app.add_exception_handler(LorasmithError, _answer_fault)
     app.add_exception_handler(HTTPException, _answer_http_fault)
+    app.add_exception_handler(Exception, _answer_defect)
     app.include_router(_open_routes(service))
     app.include_router(_routes(service), prefix="/v1", dependencies=[Depends(_key_check(keys or Keys()))])
     if mount_page is not None:
@@ -161,8 +163,10 @@ async def _read_body(request: Request, service: Service) -> Any:
                 f"The request is larger than {limit:,} bytes.", status=413, code="request_too_large"
             )
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as fault:
+        return from_json(
+            body, allow_inf_nan=False
+        )  # refuses halves of characters too: no tokenizer takes them
+    except ValueError as fault:
         raise RequestError(f"The request is no JSON: {fault}") from None
 
 
@@ -171,7 +175,8 @@ async def _answer(request: Request, service: Service, reply: Reply, prompts: lis
     asked, settings = reply.asked, service.settings
     if asked.n > settings.max_choices or asked.n * len(prompts) > settings.max_waiting:
         raise RequestError(
-            f"{asked.n} answers to each of {len(prompts)} prompts; at most {settings.max_choices} are given.",
+            f"{asked.n} answers to each of {len(prompts)} prompts; this server gives at most {settings.max_choices} "
+            f"to a prompt and {settings.max_waiting} to a request.",
             param="n",
         )
     answering = await service.ask(
@@ -291,3 +296,11 @@ async def _answer_http_fault(request: Request, fault: Exception) -> Response:
         code="unknown_url" if fault.status_code == 404 else None,
     )
     return JSONResponse(error_body(told), status_code=told.status, headers=fault.headers)
+
+
+async def _answer_defect(request: Request, fault: Exception) -> Response:
+    """Answer for a defect of ours; uvicorn logs where it happened."""
+    told = RequestError(
+        "The server failed on this request; its log says where.", status=500, type="server_error"
+    )
+    return JSONResponse(error_body(told), status_code=500)

@@ -11,7 +11,7 @@ import torch
 from lorasmith.errors import MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 # As json.dumps writes by default. Free white space invites small models to write nothing else.
@@ -23,29 +23,12 @@ _tokenizers: weakref.WeakKeyDictionary[Any, "LLTokenizer"] = weakref.WeakKeyDict
 class Guide:
     """Holds one answer to a JSON schema, token by token; when the value is whole, only an end token may follow."""
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        schema: Mapping[str, Any],
-        *,
-        end_token_ids: Collection[int],
-        vocab_size: int,
-    ) -> None:
-        """Compile ``schema``; the first one of a tokenizer takes a second more.
+    def __init__(self, matcher: "LLMatcher") -> None:
+        self._matcher = matcher
 
-        Raises:
-            MissingExtraError: without llguidance. SettingsError: the schema is wrong or says what cannot be held to.
-        """
-        try:
-            from llguidance import LLMatcher
-        except ImportError:
-            raise MissingExtraError("A JSON schema for answers", "llguidance", "serve") from None
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_LAYOUT)
-        self._matcher = LLMatcher(_read_tokenizer(tokenizer, end_token_ids, vocab_size), grammar, log_level=0)
-        if fault := self._matcher.get_error():
-            raise SettingsError(
-                f"response_format: the schema cannot be used: {fault.strip().splitlines()[0]}"
-            )
+    def copy(self) -> "Guide":
+        """Return another one at the same place, for another answer."""
+        return Guide(self._matcher.deep_copy())
 
     def restrict(self, logits: torch.Tensor) -> torch.Tensor:
         """Return ``logits`` [V] with those of tokens that may not come next at minus infinity."""
@@ -57,6 +40,33 @@ class Guide:
         """Note the token that came; say why the schema can be held to no longer, if so."""
         self._matcher.consume_token(token_id)
         return self._matcher.get_error() or None
+
+
+def compile_schema(
+    schema: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    end_token_ids: Collection[int],
+    vocab_size: int,
+) -> Guide:
+    """Return what holds an answer to ``schema``; the first one of a tokenizer takes a second more.
+
+    Raises:
+        MissingExtraError: without llguidance. SettingsError: the schema is wrong or says what cannot be held to.
+    """
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise MissingExtraError("A JSON schema for answers", "llguidance", "serve") from None
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_LAYOUT)
+    except ValueError as fault:  # nested too deeply, for one
+        raise SettingsError(f"response_format: the schema cannot be used: {fault}") from None
+    matcher = LLMatcher(_read_tokenizer(tokenizer, end_token_ids, vocab_size), grammar, log_level=0)
+    matcher.compute_bitmask()  # a schema that no value fits shows here
+    if fault := matcher.get_error():
+        raise SettingsError(f"response_format: the schema cannot be used: {fault.strip().splitlines()[0]}")
+    return Guide(matcher)
 
 
 def _read_tokenizer(

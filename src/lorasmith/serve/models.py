@@ -150,10 +150,14 @@ def find_allowed(folder: Path, allowed: Sequence[Path]) -> Path:
     Raises:
         AdapterError: it does not.
     """
-    place = folder.expanduser().resolve()
-    if not any(place.is_relative_to(root.expanduser().resolve()) for root in allowed):
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
+        place = None
+    if place is None or not any(place.is_relative_to(root.expanduser().resolve()) for root in allowed):
         raise AdapterError(
-            f"{folder} is not in a folder that this server loads adapters from. Start it with --adapter-folder FOLDER."
+            f"{str(folder)!r:.300} is not in a folder that this server loads adapters from. Start it with "
+            "--adapter-folder FOLDER."
         )
     return place
 

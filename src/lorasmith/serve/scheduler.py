@@ -131,7 +131,7 @@ class Scheduler:
                 self._leave()
             if self._batch.writing:
                 self._batch.write()
-        except (RuntimeError, MemoryError) as fault:  # torch's own faults: out of memory, above all
+        except (RuntimeError, MemoryError, LookupError, ValueError) as fault:  # out of memory, above all
             logger.exception("the batch failed; its rows were given up")
             for row in self._batch.drop():
                 self._joined_at.pop(row, None)

@@ -12,6 +12,8 @@ from lorasmith.serve.batch import Token
 from lorasmith.serve.faults import RequestError
 from lorasmith.serve.models import ServedModel
 
+MAX_STOPS = 16  # each is looked for after every token
+
 # Not done here; the value that says so changes nothing and is let through.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -120,6 +122,11 @@ class Request(_Value):
 
     def sampling(self, *, max_answer_tokens: int) -> SamplingSettings:
         """Return the settings that ``lorasmith ask`` would use; what is not said has its default there."""
+        if isinstance(self.stop, tuple) and len(self.stop) > MAX_STOPS:
+            raise RequestError(
+                f"There are {len(self.stop)} stop strings; this server looks for at most {MAX_STOPS}.",
+                param="stop",
+            )
         sampling = parse_sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -147,6 +154,8 @@ class ChatRequest(Request):
 
     @property
     def num_top(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def sampling(self, *, max_answer_tokens: int) -> SamplingSettings:
@@ -164,13 +173,19 @@ class CompletionRequest(Request):
     ``raw`` continues the text as it stands instead: for clients that wrote the template themselves.
     """
 
-    prompt: str | tuple[str, ...] | tuple[int, ...]
+    prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     raw: bool = False
 
     @property
     def num_top(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompts(self) -> "tuple[str | tuple[int, ...], ...]":
+        """Each prompt, as a text or as token ids."""
+        several = self.prompt and not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else (self.prompt,)  # pyright: ignore[reportReturnType]
 
 
 class LoadAdapterRequest(_Value):
@@ -211,7 +226,8 @@ def read_request(kind: type[R], values: Any) -> R:
     try:
         return kind.model_validate(said)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        # Of the kinds that a value may have, the one that fits furthest.
+        fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
     place = ".".join(str(part) for part in fault["loc"] if not _is_type_name(part))
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), kind.model_fields, n=1)

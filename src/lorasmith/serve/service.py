@@ -13,7 +13,7 @@ from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.serve.adapters import MAX_SIDE_BY_SIDE
 from lorasmith.serve.batch import Batch, Delta, Row
 from lorasmith.serve.faults import RequestError
-from lorasmith.serve.guide import Guide
+from lorasmith.serve.guide import Guide, compile_schema
 from lorasmith.serve.metrics import Metrics
 from lorasmith.serve.models import ServedModel, ServedModels
 from lorasmith.serve.scheduler import Scheduler
@@ -114,14 +114,26 @@ class Service:
         return model.chat.encode_prompt(messages, override_system=allowed)
 
     def encode_prompts(self, model: ServedModel, asked: CompletionRequest) -> list[list[int]]:
-        """Return the ids of each prompt: a question in the model's recipe, or the text as it stands if ``raw``."""
-        if asked.prompt and isinstance(asked.prompt, tuple) and isinstance(asked.prompt[0], int):
-            return [[token_id for token_id in asked.prompt if isinstance(token_id, int)]]
-        texts = [asked.prompt] if isinstance(asked.prompt, str) else [str(text) for text in asked.prompt]
-        if not asked.raw:
-            return [self.encode_messages(model, [Message("user", text)]) for text in texts]
-        encoded = [model.chat.tokenizer(text)["input_ids"] for text in texts]
-        return [[int(token_id) for token_id in ids] for ids in encoded]  # pyright: ignore
+        """Return the ids of each prompt: of a question in the model's recipe, or of the text as it stands if ``raw``.
+
+        Raises:
+            RequestError: an id that the model does not have. RecipeError: as ``encode_messages``.
+        """
+        prompts = asked.prompts
+        for prompt in prompts:
+            if not isinstance(prompt, str) and not all(
+                0 <= token_id < self._vocab_size for token_id in prompt
+            ):
+                raise RequestError(f"A token id is not between 0 and {self._vocab_size - 1}.", param="prompt")
+        return [
+            list(prompt) if not isinstance(prompt, str) else self._encode_text(model, prompt, asked.raw)
+            for prompt in prompts
+        ]
+
+    def _encode_text(self, model: ServedModel, text: str, is_raw: bool) -> list[int]:
+        if not is_raw:
+            return self.encode_messages(model, [Message("user", text)])
+        return [int(token_id) for token_id in model.chat.tokenizer(text)["input_ids"]]  # pyright: ignore
 
     async def ask(
         self,
@@ -148,13 +160,15 @@ class Service:
             if not prompt:
                 raise RecipeError("The prompt is empty. Ask something.")
         answering = Answering()
+        guide = None if schema is None else await asyncio.to_thread(self._compile, model, schema)
         for prompt in prompts:
             for choice in range(num_choices):
                 own = sampling
                 if sampling.seed is not None:
                     own = sampling.model_copy(update={"seed": (sampling.seed + choice) % 2**63})
-                guide = None if schema is None else await asyncio.to_thread(self._guide, model, schema)
-                answering.rows.append(self._row(model, prompt, own, num_top, guide, answering))
+                answering.rows.append(
+                    self._row(model, prompt, own, num_top, guide and guide.copy(), answering)
+                )
         self.scheduler.submit(answering.rows)
         return answering
 
@@ -180,10 +194,10 @@ class Service:
             guide=guide,
         )
 
-    def _guide(self, model: ServedModel, schema: Mapping[str, Any]) -> Guide:
-        return Guide(
-            model.chat.tokenizer,
+    def _compile(self, model: ServedModel, schema: Mapping[str, Any]) -> Guide:
+        return compile_schema(
             schema,
+            model.chat.tokenizer,
             end_token_ids=model.chat.stop_token_ids,
             vocab_size=self._vocab_size,
         )
