@@ -1,5 +1,6 @@
 """Adapters come and go while others are asked; what cannot share a batch is refused by name."""
 
+import json
 import shutil
 
 import openai
@@ -9,9 +10,13 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import make_tiny_model
 from lorasmith.errors import AdapterError, BaseModelError, SettingsError
+from lorasmith.files import write_checksums
 from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.model.adapter import load_adapter, save_adapter
 from lorasmith.model.found import find_adapted
-from lorasmith.serve.adapters import read_lora
+from lorasmith.model.method_settings import METHODS
+from lorasmith.model.methods import attach_adapter
+from lorasmith.serve.adapters import AdaptedRows, read_lora
 from lorasmith.serve.models import name_runs, open_models
 from serve.conftest import make_adapter, open_service, serving
 
@@ -101,6 +106,68 @@ def test_an_adapter_that_cannot_share_a_batch_is_refused(tmp_path, config, why):
     make_adapter(tmp_path / "odd", make_tiny_model("qwen"), seed=1, **config)
     with pytest.raises(AdapterError, match=rf"cannot share a batch with others: {why}.*[Mm]erge it"):
         read_lora(model, tmp_path / "odd")
+
+
+METHODS_SERVED = {"lora", "rslora", "lora_plus", "pissa", "olora"}
+SIZES = {
+    "adalora": {"init_r": 4, "target_r": 2},
+    "oft": {"oft_block_size": 8},
+    "boft": {"boft_block_size": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's notes on BOFT and OFT
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"full"}))
+def test_an_adapter_of_each_method_is_served_as_it_answers_alone_or_refused_by_name(
+    method, tmp_path, tiny_base_folder
+):
+    settings = METHODS[method].model_validate({"name": method, **SIZES.get(method, {})})
+    adapted = attach_adapter(make_tiny_model("llama"), settings, seed=1, num_steps=10)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.05).bernoulli_(0.5) * 0.5)
+    save_adapter(adapted, tmp_path / method)
+    if method not in METHODS_SERVED:
+        way_out = "lorasmith ask" if settings.uses_virtual_tokens else "lorasmith merge"
+        with pytest.raises(AdapterError, match=rf"(?i)it is a {method}|{adapted.peft_type.value}.*{way_out}"):
+            open_models(
+                [("odd", tmp_path / method)], base=str(tiny_base_folder), device="cpu", dtype="float32"
+            )
+        return
+    served = open_models(
+        [("one", tmp_path / method)], base=str(tiny_base_folder), device="cpu", dtype="float32"
+    )
+    ids = torch.tensor([[1, 5, 9, 14]])
+    rows = AdaptedRows(served.model)
+    rows.choose([served.find("one").adapter])
+    alone = load_adapter(load_base_of(served), tmp_path / method)
+    with torch.no_grad():
+        assert torch.allclose(served.model(ids).logits, alone(ids).logits, atol=1e-4)
+        rows.choose([None])
+        assert not torch.allclose(served.model(ids).logits, alone(ids).logits, atol=1e-2)
+
+
+def load_base_of(served):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(served.base.root, dtype=torch.float32)
+
+
+def test_a_run_that_trained_every_weight_is_served_alone(tmp_path, trained_run, tiny_base_folder):
+    shutil.copytree(trained_run, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "adapter")
+    shutil.copytree(tiny_base_folder, tmp_path / "whole" / "model")
+    write_checksums(tmp_path / "whole" / "model")
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    record["settings"]["method"] = {"name": "full"}
+    (tmp_path / "whole" / "run.json").write_text(json.dumps(record))
+    words = name_runs([str(tmp_path / "whole")])
+    served = open_models(words, device="cpu", dtype="float32")
+    assert [model.name for model in served.list()] == ["whole"]
+    assert served.base.chat.recipe == find_adapted(trained_run).recipe
+    with pytest.raises(AdapterError, match=r"trained every weight .* Serve it alone: lorasmith serve --run"):
+        open_models([("faq", trained_run), *words], device="cpu", dtype="float32")
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_base_folder, trained_run):

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from lorasmith.errors import AdapterError
 from lorasmith.model.adapter import read_adapter_weights
 from lorasmith.model.adapter_folder import PREFIX, read_adapter_config
+from lorasmith.model.adapter_kinds import VIRTUAL_TOKENS
 
 MAX_SIDE_BY_SIDE = (
     8  # adapters that stay in the block after their rows have left; a new one then clears the rest
@@ -93,6 +94,12 @@ def _scaling(config: LoraConfig, path: str, rank: int) -> float:
 
 
 def _check_kind(values: dict, folder: Path) -> None:
+    if values["peft_type"] in VIRTUAL_TOKENS:
+        raise AdapterError(
+            f"The adapter {folder} is of the kind {values['peft_type']}: virtual tokens before the text, and this "
+            "server adds plain LoRA to linear layers. They cannot be merged either. Ask it with lorasmith ask or "
+            "lorasmith chat, or train with method.name=lora."
+        )
     if values["peft_type"] != "LORA":
         raise AdapterError(_refusal(folder, f"its method is {values['peft_type']}"))
     start = values.get("init_lora_weights", True)

@@ -74,7 +74,7 @@ class ServedModels:
         if found.adapter is None:
             raise AdapterError(
                 f"The run {folder} trained every weight of its base, so it shares none with others. Serve it alone: "
-                f"lorasmith serve --base {found.base.folder}."
+                f"lorasmith serve --run {folder}."
             )
         weights = read_lora(self.model, found.adapter)
         chat = Chat(self.model, found.tokenizer, found.recipe, name=name, notes=found.notes, found=found)
@@ -119,9 +119,12 @@ def open_models(
             raise SettingsError(
                 "Nothing to serve. Name runs (--run runs/faq), a base model (--base), or both."
             )
-        found = find_adapted(runs[0][1], tell=tell)
-        base = str(found.base.folder)
-        base_name = base_name or _short_name(found.base.ref.id)
+        (run_name, folder), *others = runs
+        found = find_adapted(folder, tell=tell)
+        if found.adapter is None and not others:  # it trained every weight, and is a base itself
+            base, base_name, runs = str(folder), base_name or run_name, ()
+        else:
+            base, base_name = str(found.base.folder), base_name or _short_name(found.base.ref.id)
     bare = find_model(base, recipe=recipe, tell=tell)
     if bare.adapter is not None:
         raise BaseModelError(f"{base} is an adapter, not a base model. Serve it with --run {base}.")
