@@ -37,9 +37,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 GROWTH = 0.05  # share by which the last third's memory may lie above the middle third's
-FILLED_MINUTES = (
-    10  # before, what is kept of finished answers still fills up, and growth is told but not judged
-)
+FILLED_MINUTES = 10  # until then the kept beginnings still fill up: growth is told and not judged
 
 
 def main() -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorasmith.serve.keys import Keys
     from lorasmith.serve.service import Service
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-
 
 def _option(name: str, *flags: str) -> Any:
     field = ServeSettings.model_fields[name]
@@ -130,7 +128,7 @@ def command(
     from lorasmith.serve.service import Service
 
     keys = read_keys(api_key_file)
-    if settings.host not in _LOCAL and not keys and not without_keys:
+    if not settings.is_local and not keys and not without_keys:
         raise SettingsError(
             f"With --host {settings.host} other machines reach this server, and it has no API keys. "
             f"Set {KEYS_VARIABLE}, pass --api-key-file FILE, or say --without-keys if everybody there may ask."

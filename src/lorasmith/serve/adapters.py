@@ -29,9 +29,7 @@ from lorasmith.model.adapter import read_adapter_weights
 from lorasmith.model.adapter_folder import PREFIX, read_adapter_config
 from lorasmith.model.adapter_kinds import VIRTUAL_TOKENS
 
-MAX_SIDE_BY_SIDE = (
-    8  # adapters that stay in the block after their rows have left; a new one then clears the rest
-)
+MAX_SIDE_BY_SIDE = 8  # adapters that stay in the block after their rows have left; a new one clears the rest
 
 _NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
 

@@ -31,8 +31,7 @@ from lorasmith.serve.schema import (
     read_request,
 )
 from lorasmith.serve.service import Answering, Service
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+from lorasmith.serve.settings import LOCAL_HOSTS
 
 
 def create_app(
@@ -60,7 +59,7 @@ def create_app(
     )
     app.state.service = service
     app.state.before_stop = []
-    if service.settings.host in LOCAL_HOSTS:
+    if service.settings.is_local:
         # A page in this machine's browser must not reach us through a name of its own (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])
     app.add_exception_handler(LorasmithError, _answer_fault)
@@ -303,4 +302,6 @@ async def _answer_defect(request: Request, fault: Exception) -> Response:
     told = RequestError(
         "The server failed on this request; its log says where.", status=500, type="server_error"
     )
-    return JSONResponse(error_body(told), status_code=500)
+    service: Service = request.app.state.service
+    service.metrics.note_request("", told.status)
+    return JSONResponse(error_body(told), status_code=told.status)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
 
 class ServeSettings(BaseModel):
     """How requests are taken and answered. Tokens count what the keys and values of prompts and answers need."""
@@ -42,3 +44,8 @@ class ServeSettings(BaseModel):
     )
     max_models: int = Field(default=64, ge=1, description="Most models served at once, the base among them.")
     log_contents: bool = Field(default=False, description="Write questions and answers into the log.")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return self.host in LOCAL_HOSTS
