@@ -60,24 +60,22 @@ def lone_chats(adapters, tiny_base_folder):
 
 @contextmanager
 def serving(service, **options):
-    """Run a real uvicorn around ``service``; gives its URL."""
-    import uvicorn
-
+    """Run the server around ``service``; gives its URL. At the end it is told to stop."""
     from lorasmith.serve.app import create_app
-    from lorasmith.serve.server import Server
+    from lorasmith.serve.server import Server, listen
 
-    config = uvicorn.Config(create_app(service, **options), port=0, log_config=None, lifespan="on")
-    server = Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-        assert thread.is_alive()
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    server = Server(create_app(service, **options), service.settings)
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+            assert thread.is_alive()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def open_service(tiny_base_folder, adapters, **settings):

@@ -53,6 +53,35 @@ def test_sigterm_lets_an_answer_finish(trained_run, tiny_base_folder):
 LONG = {"type": "array", "items": {"type": "integer"}, "minItems": 300}
 
 
+def test_who_is_not_answered_in_time_is_told_so(tiny_base_folder):
+    service = open_service(tiny_base_folder, {}, drain_seconds=1)
+    service.models.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    format = {"type": "json_schema", "json_schema": {"name": "long", "schema": LONG}}
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 400, "response_format": format}
+    replies = {}
+
+    def ask(stream):
+        replies[stream] = httpx2.post(
+            f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=30
+        )
+
+    threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+    with serving(service) as url:
+        for thread in threads:
+            thread.start()
+        while service.scheduler.num_running < 2:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert (replies[False].status_code, replies[False].json()["error"]["code"]) == (503, "server_stopping")
+    *_, fault, end = [line for line in replies[True].text.splitlines() if line]
+    assert json.loads(fault.removeprefix("data: "))["error"]["code"] == "server_stopping"
+    assert end == "data: [DONE]"
+    page = service.metrics.page().decode()
+    assert 'lorasmith_requests_total{model="tiny",status="503"} 2.0' in page
+    assert 'model="",status="503"' not in page
+
+
 def test_a_client_that_leaves_is_not_answered_further(tiny_base_folder):
     service = open_service(tiny_base_folder, {})
     service.models.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))

@@ -190,7 +190,13 @@ async def _answer(request: Request, service: Service, reply: Reply, prompts: lis
     if asked.stream:
         return StreamingResponse(_stream(reply, answering, done), media_type="text/event-stream")
     with done:
-        if not await _collect(request, reply, answering):
+        try:
+            is_there = await _collect(request, reply, answering)
+        except LorasmithError as fault:
+            told = read_fault(fault)
+            done.status = told.status
+            return JSONResponse(error_body(told), status_code=told.status)
+        if not is_there:
             done.status = 499
             return Response(status_code=499)
         return JSONResponse(reply.whole(answering))
@@ -253,9 +259,7 @@ class _Record:
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: object) -> None:
         service, reply, answering = self._service, self._reply, self._answering
         service.cancel(answering)
-        if isinstance(fault, LorasmithError):
-            self.status = read_fault(fault).status
-        elif fault is not None:
+        if fault is not None:
             self.status = 499  # nginx's number for a client that left
         seconds = time.monotonic() - answering.started
         first = answering.first_part and answering.first_part - answering.started

@@ -92,11 +92,15 @@ class Scheduler:
             self._forgotten.append(adapter)
             self._wake.notify()
 
-    def close(self) -> None:
-        """Cancel what is left and end the thread."""
+    def stop(self) -> None:
+        """Take nothing more and give up what is not finished, before the next token."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for the thread's end."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:

@@ -248,5 +248,9 @@ class Service:
         assert gone.adapter is not None
         self.scheduler.forget(gone.adapter)
 
+    def stop(self) -> None:
+        """Tell everybody whose answer is not finished that it will not be."""
+        self.scheduler.stop()
+
     def close(self) -> None:
         self.scheduler.close()

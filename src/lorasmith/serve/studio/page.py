@@ -16,7 +16,6 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorasmith.errors import SettingsError
-from lorasmith.serve.app import LOCAL_HOSTS
 from lorasmith.serve.keys import Keys
 from lorasmith.serve.service import Service
 from lorasmith.serve.studio.chat import build_chat, model_names
@@ -57,10 +56,9 @@ def mount_studio(
     Raises:
         SettingsError: other machines reach the server and there are no keys: the page starts processes.
     """
-    host = service.settings.host
-    if host not in LOCAL_HOSTS and not keys:
+    if not service.settings.is_local and not keys:
         raise SettingsError(
-            f"With --host {host} other machines reach the studio, which starts processes on this one. Give the server "
+            f"With --host {service.settings.host} other machines reach the studio, which starts processes on this one. Give the server "
             "API keys (--api-key-file FILE), or leave --studio out."
         )
     # Read by Gradio when a part is made: what it copies lies with the uploads and not where all of /tmp is.
