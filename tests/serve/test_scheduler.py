@@ -141,10 +141,9 @@ def test_an_adapter_is_forgotten_once_its_rows_have_left(models, start, finished
     wait_until(lambda: scheduler.num_running)
     scheduler.forget(alpha.adapter)
     scheduler.go.set()
-    wait_until(lambda: len(finished) == 2 and not scheduler._forgotten)
-    assert row.writer.finish_reason
     batch = scheduler._batch
-    assert alpha.adapter not in batch._adapters._starts
+    wait_until(lambda: len(finished) == 2 and alpha.adapter not in batch._adapters._starts)
+    assert row.writer.finish_reason
     assert beta.adapter in batch._adapters._starts
     assert {kept.adapter for kept in batch.beginnings._kept} == {beta.adapter}
 

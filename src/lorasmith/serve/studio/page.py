@@ -58,8 +58,8 @@ def mount_studio(
     """
     if not service.settings.is_local and not keys:
         raise SettingsError(
-            f"With --host {service.settings.host} other machines reach the studio, which starts processes on this one. Give the server "
-            "API keys (--api-key-file FILE), or leave --studio out."
+            f"With --host {service.settings.host} other machines reach the studio, which starts processes on this one. "
+            "Give the server API keys (--api-key-file FILE), or leave --studio out."
         )
     # Read by Gradio when a part is made: what it copies lies with the uploads and not where all of /tmp is.
     os.environ["GRADIO_TEMP_DIR"] = str(places.uploads.resolve() / ".gradio")
