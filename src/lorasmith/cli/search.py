@@ -69,6 +69,7 @@ def open_study(candidates: Sequence[Candidate], folder: Path) -> "Study":
     """
     try:
         import optuna
+        from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise MissingExtraError("lorasmith compare --search", "optuna", "search") from None
     first = candidates[0].run_file
@@ -80,7 +81,7 @@ def open_study(candidates: Sequence[Candidate], folder: Path) -> "Study":
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     wanted = [[candidate.name, candidate.run_file.model_dump(mode="json")] for candidate in candidates]
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / STUDY_FILE))
+    backend = JournalFileBackend(str(folder / STUDY_FILE))
     study = optuna.create_study(
         study_name=hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16],
         storage=optuna.storages.JournalStorage(backend),

@@ -46,7 +46,9 @@ def frozen_linear_sizes(model: "PeftModel | PreTrainedModel") -> list[tuple[int,
     """Return (D_out, D_in) of every layer whose weight would be quantised; the adapter's own are not among them."""
     from torch import nn
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     head = base.get_output_embeddings()
     return [
         (layer.weight.shape[0], layer.weight.shape[1])
