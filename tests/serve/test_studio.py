@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="the extra studio is not installed")
 
 from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.errors import DataError, LorasmithError, RunError, SettingsError
-from lorasmith.model.method_settings import METHODS
+from lorasmith.model.method_settings import METHODS, RsLoraSettings
 from lorasmith.serve.keys import Keys
 from lorasmith.serve.models import open_models
 from lorasmith.serve.service import Service
@@ -44,7 +44,11 @@ def places(tmp_path, trained_run):
     shutil.copytree(trained_run, tmp_path / "runs" / "faq")
     (tmp_path / "uploads").mkdir()
     (tmp_path / "uploads" / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    return Places(tmp_path / "runs", tmp_path / "uploads")
+    places = Places(tmp_path / "runs", tmp_path / "uploads")
+    yield places
+    for name in list_names(places):  # a test that failed half way leaves nothing at work
+        if process := jobs.find(places.run(name), "train"):
+            process.kill()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../faq", "/etc", "faq/../../uploads", "link"])
@@ -360,6 +364,14 @@ def test_a_run_outlives_page_and_server(service, places, open_page, tiny_base_fo
         page.get_by_label("Data train").click()
         page.get_by_role("option", name="sums.jsonl").click()
         page.get_by_label("Training epochs").fill("5000")
+        page.get_by_text("Every other setting").click()
+        page.get_by_role("button", name=re.compile(r"^\W*Method")).click()
+        expect(page.locator("#method-lora-r")).to_be_visible()
+        page.locator("#method-name input").click()
+        page.get_by_role("option", name="rslora").click()
+        expect(page.locator("#method-rslora-r")).to_be_visible()
+        expect(page.locator("#method-lora-r")).not_to_be_visible()
+        page.locator("#method-rslora-r input").fill("3")
         page.get_by_label("Run sample questions").fill("What is 3 plus 3?")
         page.get_by_role("button", name="Start training").click()
         expect(page.locator("#train-said")).to_contain_text("mine is started")
@@ -367,6 +379,7 @@ def test_a_run_outlives_page_and_server(service, places, open_page, tiny_base_fo
         expect(page.locator("#train-view")).to_contain_text("time left")
         expect(page.locator("#train-view")).to_contain_text("What is 3 plus 3?")
         expect(page.locator("#train-view polyline")).to_have_count(2)
+    assert load_run_file(run_dir / "run.yaml", environ={}).method == RsLoraSettings(r=3)
     process = jobs.find(run_dir, "train")
     assert process is not None  # the server is gone, the run is not
     again = Service(service.models, ServeSettings())

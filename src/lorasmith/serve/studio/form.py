@@ -30,12 +30,13 @@ def fields_of(run_file: type[BaseModel]) -> dict[str, FieldInfo]:
     return fields
 
 
-def make_input(name: str, field: FieldInfo, *, choices: Sequence[str] = ()) -> Any:
+def make_input(name: str, field: FieldInfo, *, choices: Sequence[str] = (), info: str = "") -> Any:
     """Return the input for a setting: its type decides the kind, its description is the help.
 
-    ``choices`` are what may be chosen where the type alone allows any text.
+    ``choices`` are what may be chosen where the type alone allows any text; ``info`` is the help where the page
+    takes less than a run file does.
     """
-    about = {"label": _label(name), "info": field.description, "elem_id": _element_id(name)}
+    about = {"label": _label(name), "info": info or field.description, "elem_id": _element_id(name)}
     kinds = _kinds(field.annotation)
     options = list(choices) or [option for kind in kinds for option in _options(kind)]
     if tuple in kinds:

@@ -38,6 +38,10 @@ _NOT_OFFERED = {
     "run.trackers",
 }
 _FILES = ("data.train", "data.validation", "report.data")  # names of uploads
+_INFO = {
+    "run.name": "letters, digits, and . _ - inside; it becomes the run's folder",
+    "base.model": "what the server was started with, and the built-in smollm2-135m",
+}
 _LOOK_SECONDS = 2.0
 
 Refresh = Callable[[], tuple[Any, ...]]
@@ -56,7 +60,9 @@ def build_train(
             if name in _FILES:
                 inputs[name] = make_choice(name, fields[name], info="one of the uploaded files")
             else:
-                inputs[name] = make_input(name, fields[name], choices=choices.get(name, ()))
+                inputs[name] = make_input(
+                    name, fields[name], choices=choices.get(name, ()), info=_INFO.get(name, "")
+                )
 
     gr.Markdown("### Start a run")
     with gr.Row(elem_classes="settings"):
@@ -178,7 +184,10 @@ def start_run(
             f"There is a run {settings.run.name} already. Choose another name, or go on with it below."
         )
     run_dir.mkdir(parents=True)
-    _write_run_file(run_dir, settings.model_dump(mode="json", exclude_defaults=True))
+    changed = settings.model_dump(mode="json", exclude_defaults=True)
+    # The name is the default of its own class, and so left out.
+    changed["method"] = {"name": settings.method.name, **changed.get("method", {})}
+    _write_run_file(run_dir, changed)
     jobs.start(run_dir, "train", ["train", str(run_dir / "run.yaml")])
     return settings.run.name
 
