@@ -109,7 +109,7 @@ def test_rows_that_somebody_must_look_at_are_errors(format_name, fields, reason)
 
 def test_the_format_is_known_by_its_keys():
     for name, f in FORMATS.items():
-        detected = detect_format(dict.fromkeys([*f.keys, "id"], "x"))
+        detected = detect_format(dict.fromkeys([*f.keys, "id"], "x"), f.kind)
         assert detected is not None
         assert detected.name == name
     assert detect_format({"question": "x", "answer": "y"}) is None

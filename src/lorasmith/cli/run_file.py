@@ -1,8 +1,8 @@
 """Run file < environment < flags -> RunFile: the only place that knows every section.
 
 A run file is YAML with one mapping per section (``base``, ``data``, ``prompt``, ``method``, ``engine``,
-``training``, ``run``, ``report``). ``LORASMITH_TRAINING__EPOCHS=2`` overrides it, ``training.epochs=2`` on the
-command line overrides both. All faults are reported together.
+``training``, ``objective``, ``run``, ``report``). ``LORASMITH_TRAINING__EPOCHS=2`` overrides it,
+``training.epochs=2`` on the command line overrides both. All faults are reported together.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.files import write_whole
 from lorasmith.model.method_settings import METHODS, LoraSettings, MethodSettings
 from lorasmith.model.settings import BaseSettings
-from lorasmith.training.settings import OutputSettings, TrainingSettings
+from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from lorasmith.training.job import TrainingJob
@@ -46,6 +46,7 @@ class RunFile(BaseModel):
     method: MethodSettings = LoraSettings()
     engine: EngineSettings = EngineSettings()
     training: TrainingSettings = TrainingSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     run: OutputSettings = OutputSettings()
     report: ReportSettings = ReportSettings()
 
@@ -129,6 +130,7 @@ def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob"
         method=run_file.method,
         engine=run_file.engine,
         training=run_file.training,
+        objective=run_file.objective,
         output=run_file.run,
         settings=run_file.model_dump(mode="json"),
         **report_to,

@@ -216,9 +216,12 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
 
 def _print_plan(job: "TrainingJob") -> None:
     """Say what will be done, and what packing saves."""
+    from lorasmith.data.tokens import examples_per_row, num_rows
+
     gain = job.gain
+    rows = "pairs" if examples_per_row(job.dataset) == 2 else "examples"
     console.print(
-        f"{len(job.dataset):,} examples, {job.num_steps:,} steps of {job.training.batch_size} examples. "
+        f"{num_rows(job.dataset):,} {rows}, {job.num_steps:,} steps of {job.training.batch_size} {rows}. "
         f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "
         f"[bold]{gain.shared:,}[/] with shared prefixes."
     )
@@ -271,19 +274,25 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=24),
         TextColumn(
-            "loss [bold]{task.fields[loss]}[/]  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"
+            "loss [bold]{task.fields[loss]}[/]{task.fields[others]}  rate {task.fields[rate]}  "
+            "{task.fields[speed]} tokens/s  left"
         ),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=num_steps, loss="-", rate="-", speed="-")
+        task = bars.add_task("", total=num_steps, loss="-", others="", rate="-", speed="-")
 
         def show(report: "StepReport") -> None:
             speed = f"{report.tokens_per_second:,.0f}"
+            others = ""
+            if report.measured is not None:
+                margin, right = report.measured["reward_margin"], report.measured["reward_accuracy"]
+                others = f"  margin {margin:.3f}  right {right:.0%}"
             bars.update(
                 task,
                 completed=report.step,
                 loss=f"{report.loss:.3f}",
+                others=others,
                 rate=f"{report.learning_rate:.2g}",
                 speed=speed,
             )
@@ -292,7 +301,7 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
             every = max(1, report.num_steps // 20)
             if not console.is_terminal and (report.step % every == 0 or report.step in (1, report.num_steps)):
                 console.print(
-                    f"step {report.step}/{report.num_steps}  loss {report.loss:.3f}  "
+                    f"step {report.step}/{report.num_steps}  loss {report.loss:.3f}{others}  "
                     f"rate {report.learning_rate:.2g}  {speed} tokens/s"
                 )
             if report.validation_loss is not None:
@@ -303,8 +312,10 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
 
 def _ask_samples(job: "TrainingJob", report: "StepReport") -> None:
     """Ask the run's sample questions when it is time, of the model as it stands."""
+    from lorasmith.data.tokens import num_rows
+
     questions = job.output.sample_questions
-    every = job.output.sample_every or job.training.steps_per_epoch(len(job.dataset))
+    every = job.output.sample_every or job.training.steps_per_epoch(num_rows(job.dataset))
     if not questions or (report.step % every and report.step != report.num_steps):
         return
     from lorasmith.generation.chat import Chat

@@ -25,7 +25,7 @@ from lorasmith.data.prompts import PromptRecipe, special_tokens
 from lorasmith.data.readers import Position
 from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger, Receipt
-from lorasmith.data.settings import DataSettings
+from lorasmith.data.settings import DataSettings, RowKind
 from lorasmith.data.shards import open_shard_tokens, read_shard_rows, shard_key, unpack_tokens
 from lorasmith.data.sources import Source, open_source
 from lorasmith.data.tokens import TokenizedExample, label, tokenizer_json, truncate
@@ -37,21 +37,27 @@ ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it
 OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
 NO_ROOM = "no room for an answer"  # would leave without an answer
 _MAX_LISTED = 1000  # faults in an error's text
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 # (rows tokenised, share of the source that they are): what a progress bar needs
 Progress = Callable[[int, float], None]
 
 
 class TokenizedDataset(Sequence[TokenizedExample]):
-    """The used examples of a source, in file order.
+    """The used examples of a source, in file order; of pairs, the rejected example behind the chosen one.
 
     ``lengths`` is int32 [N] in tokens, ``num_learnt`` int32 [N] the learnt ones among them. ``receipt`` is
     of the whole source, also for a subset. ``fingerprint`` is the sha256 of the data.
     """
 
     def __init__(
-        self, index: RowIndex, table: RowTable, folder: Path, max_seq_len: int, fingerprint: str
+        self,
+        index: RowIndex,
+        table: RowTable,
+        folder: Path,
+        max_seq_len: int,
+        fingerprint: str,
+        examples_per_row: int = 1,
     ) -> None:
         self._index = index
         self._table = table
@@ -60,6 +66,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self._tokens: dict[int, np.ndarray] = {}  # shards opened so far
         self.receipt = index.receipt
         self.fingerprint = fingerprint
+        self.examples_per_row = examples_per_row
 
     @property
     def lengths(self) -> np.ndarray:
@@ -74,6 +81,11 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     def num_learnt(self) -> np.ndarray:
         return self._table.num_learnt
 
+    @property
+    def is_rejected(self) -> np.ndarray:
+        """bool [N], the second of a pair, or judged bad."""
+        return self._table.rejected
+
     def where(self, i: int) -> str:
         """Return the file:line of example ``i``."""
         return f"{self._index.files[self._table.file_numbers[i]]}:{self._table.lines[i]}"
@@ -82,6 +94,13 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         """Return the examples at ``indices``, in that order; no token is copied."""
         chosen = self._table.select(np.arange(len(self))[indices])
         return TokenizedDataset(self._index, chosen, self._folder, self._max_seq_len, self.fingerprint)
+
+    def rows(self, numbers: Sequence[int]) -> "TokenizedDataset":
+        """Return the examples of the rows ``numbers``: of pairs, both."""
+        per_row = self.examples_per_row
+        found = self.subset([i for row in numbers for i in range(row * per_row, (row + 1) * per_row)])
+        found.examples_per_row = per_row
+        return found
 
     def __len__(self) -> int:
         return len(self._table)
@@ -110,6 +129,7 @@ def prepare_dataset(
     prompt: PromptRecipe,
     tokenizer,
     *,
+    kind: RowKind = "answers",
     source: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TokenizedDataset:
@@ -120,7 +140,7 @@ def prepare_dataset(
         OverlongError: examples are longer than max_seq_len, and the policy is "error".
         MissingExtraError: the source needs a package that is not installed.
     """
-    dataset = examine_dataset(data, prompt, tokenizer, source=source, progress=progress)
+    dataset = examine_dataset(data, prompt, tokenizer, kind=kind, source=source, progress=progress)
     raise_faults(dataset.receipt, data)
     return dataset
 
@@ -161,6 +181,7 @@ def examine_dataset(
     prompt: PromptRecipe,
     tokenizer,
     *,
+    kind: RowKind = "answers",
     source: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TokenizedDataset:
@@ -180,23 +201,33 @@ def examine_dataset(
         data.remember_words,
     )
     text_key = _sha256([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
-    policies = [data.format, data.on_bad_row, data.max_seq_len, data.overlong]
+    policies = [kind, data.format, data.on_bad_row, data.max_seq_len, data.overlong]
     path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.rows"
     index = read_index(path)
     if index is None or any(read_shard_rows(writer.folder, key) is None for key in index.shard_keys):
-        index = _make_index(opened, data, writer, text_key, progress or (lambda rows, share: None))
+        index = _make_index(opened, data, kind, writer, text_key, progress or (lambda rows, share: None))
         write_index(path, index)
-    return TokenizedDataset(index, index.table, writer.folder, data.max_seq_len, fingerprint)
+    per_row = _per_row(kind)
+    return TokenizedDataset(index, index.table, writer.folder, data.max_seq_len, fingerprint, per_row)
+
+
+def _per_row(kind: RowKind) -> int:
+    return 2 if kind == "pairs" else 1
 
 
 def _make_index(
-    source: Source, data: DataSettings, writer: ShardWriter, text_key: str, progress: Progress
+    source: Source,
+    data: DataSettings,
+    kind: RowKind,
+    writer: ShardWriter,
+    text_key: str,
+    progress: Progress,
 ) -> RowIndex:
     files = tuple(file.name for file in source.files)
     ledger = Ledger(source.name, files, skips_faults=data.on_bad_row == "skip")
-    chunks = list(_write_shards(source, data, writer, text_key, ledger, progress))
-    table = _tabulate(chunks, writer.folder, files, ledger)
-    table = _apply_overlong_policy(table, chunks, data, writer.folder, files, ledger)
+    chunks = list(_write_shards(source, data, kind, writer, text_key, ledger, progress))
+    table = _tabulate(chunks, _per_row(kind), writer.folder, files, ledger)
+    table = _apply_overlong_policy(table, chunks, data, _per_row(kind), writer.folder, files, ledger)
     return RowIndex(table, files, tuple(chunk.key for chunk in chunks), ledger.close())
 
 
@@ -206,19 +237,26 @@ class _Chunk:
 
     key: str
     wheres: tuple[str, ...]
+    rejected: tuple[bool, ...]
     num_rows_until: int  # of the source's used rows, with this chunk's
     share_until: float
 
 
 def _write_shards(
-    source: Source, data: DataSettings, writer: ShardWriter, text_key: str, ledger: Ledger, progress: Progress
+    source: Source,
+    data: DataSettings,
+    kind: RowKind,
+    writer: ShardWriter,
+    text_key: str,
+    ledger: Ledger,
+    progress: Progress,
 ) -> Iterator[_Chunk]:
     """Read the source and have every shard written that is not there yet; yield the chunks in order."""
     chunks: deque[_Chunk] = deque()  # read, and their shards perhaps not yet written
 
     def missing_jobs() -> Iterator[Job]:
         is_ahead = False  # of what is reported as done
-        for chunk, conversations in _read_chunks(source, data, text_key, ledger):
+        for chunk, conversations in _read_chunks(source, data, kind, text_key, ledger):
             chunks.append(chunk)
             if read_shard_rows(writer.folder, chunk.key) is None:
                 is_ahead = True
@@ -243,29 +281,35 @@ def _write_shards(
 
 
 def _read_chunks(
-    source: Source, data: DataSettings, text_key: str, ledger: Ledger
+    source: Source, data: DataSettings, kind: RowKind, text_key: str, ledger: Ledger
 ) -> Iterator[tuple[_Chunk, list[tuple[Message, ...]]]]:
     position, size, num_rows = Position(), max(1, source.size), 0
-    examples = read_examples(source, data.format, ledger, position)
-    while chunk := list(itertools.islice(examples, SHARD_ROWS)):
-        num_rows += len(chunk)
+    examples = read_examples(source, data.format, ledger, position, kind)
+    while chunk := list(itertools.islice(examples, SHARD_ROWS)):  # an even number: no pair is torn
+        num_rows += len(chunk) // _per_row(kind)
         key = shard_key(text_key, [digest for _, digest in chunk])
         wheres = tuple([example.where for example, _ in chunk])
         conversations = [example.messages for example, _ in chunk]
-        yield _Chunk(key, wheres, num_rows, min(1.0, position.done / size)), conversations
+        rejected = tuple([example.is_rejected for example, _ in chunk])
+        yield _Chunk(key, wheres, rejected, num_rows, min(1.0, position.done / size)), conversations
 
 
-def _tabulate(chunks: Sequence[_Chunk], folder: Path, files: Sequence[str], ledger: Ledger) -> RowTable:
+def _tabulate(
+    chunks: Sequence[_Chunk], per_row: int, folder: Path, files: Sequence[str], ledger: Ledger
+) -> RowTable:
     """Return the table of all rows that the recipe took; enter the refused ones as faults."""
     file_numbers = {name: number for number, name in enumerate(files)}
     tables = [_empty_table()]
     for number, chunk in enumerate(chunks):
         rows = read_shard_rows(folder, chunk.key)
         assert rows is not None  # the shard was just written
-        taken = rows.lengths >= 0
-        for i, refusal in zip(np.flatnonzero(~taken), rows.refusals, strict=True):
-            ledger.fail("recipe", chunk.wheres[i], refusal, was_used=True)
-        lengths = np.where(taken, rows.lengths, 0)
+        refused = np.flatnonzero(rows.lengths < 0)
+        of_rows = dict(zip((refused // per_row).tolist(), rows.refusals, strict=True))
+        for row, refusal in of_rows.items():
+            ledger.fail("recipe", chunk.wheres[row * per_row], refusal, was_used=True)
+        is_there = rows.lengths >= 0
+        taken = is_there.reshape(-1, per_row).all(axis=1).repeat(per_row)  # a pair is taken whole
+        lengths = np.where(is_there, rows.lengths, 0)
         places = [where.rpartition(":") for where in chunk.wheres]
         table = RowTable(
             shards=np.full(len(lengths), number, np.int32),
@@ -275,6 +319,7 @@ def _tabulate(chunks: Sequence[_Chunk], folder: Path, files: Sequence[str], ledg
             num_learnt=rows.num_learnt,
             file_numbers=np.array([file_numbers[name] for name, _, _ in places], np.int32),
             lines=np.array([int(line) for _, _, line in places], np.int64),
+            rejected=np.array(chunk.rejected, bool),
         )
         tables.append(table.select(taken))
     return RowTable(
@@ -284,13 +329,14 @@ def _tabulate(chunks: Sequence[_Chunk], folder: Path, files: Sequence[str], ledg
 
 def _empty_table() -> RowTable:
     narrow, wide = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    return RowTable(narrow, wide, narrow, narrow, narrow, narrow, wide)
+    return RowTable(narrow, wide, narrow, narrow, narrow, narrow, wide, np.zeros(0, bool))
 
 
 def _apply_overlong_policy(
     table: RowTable,
     chunks: Sequence[_Chunk],
     data: DataSettings,
+    per_row: int,
     folder: Path,
     files: Sequence[str],
     ledger: Ledger,
@@ -298,15 +344,22 @@ def _apply_overlong_policy(
     """Take the rows over max_seq_len out of the table, or cut them, and enter them in the ledger."""
     lengths, num_learnt = table.lengths.copy(), table.num_learnt.copy()
     keeps = np.ones(len(table), bool)
-    for i in np.flatnonzero(table.lengths > data.max_seq_len):
-        where = f"{files[table.file_numbers[i]]}:{table.lines[i]}"
-        detail = f"{table.lengths[i]} tokens, max_seq_len is {data.max_seq_len}"
+    too_long = np.flatnonzero(table.lengths > data.max_seq_len)
+    for row in dict.fromkeys((too_long // per_row).tolist()):
+        members = slice(row * per_row, (row + 1) * per_row)
+        longest = int(table.lengths[members].max())
+        where = f"{files[table.file_numbers[members][0]]}:{table.lines[members][0]}"
+        detail = f"{longest} tokens, max_seq_len is {data.max_seq_len}"
         if data.overlong == "truncate":
-            tokens = open_shard_tokens(folder, chunks[table.shards[i]].key)
-            packed = tokens[table.starts[i] : table.starts[i] + table.stored[i]]
-            cut = truncate(*unpack_tokens(packed), data.max_seq_len)
-            if cut is not None:
-                lengths[i], num_learnt[i] = len(cut[0]), cut[1].sum()
+            cuts = []
+            for i in range(members.start, members.stop):
+                tokens = open_shard_tokens(folder, chunks[table.shards[i]].key)
+                packed = tokens[table.starts[i] : table.starts[i] + table.stored[i]]
+                cuts.append(truncate(*unpack_tokens(packed), data.max_seq_len))
+            kept = [cut for cut in cuts if cut is not None]
+            if len(kept) == per_row:
+                lengths[members] = [len(ids) for ids, _ in kept]
+                num_learnt[members] = [is_learnt.sum() for _, is_learnt in kept]
                 ledger.truncate()
                 continue
             ledger.skip(NO_ROOM, where, detail, was_used=True)
@@ -314,7 +367,7 @@ def _apply_overlong_policy(
             ledger.skip(OVERLONG, where, detail, was_used=True)
         else:
             ledger.refuse(OVERLONG, where, detail, was_used=True)
-        keeps[i] = False
+        keeps[members] = False
     return replace(table, lengths=lengths, num_learnt=num_learnt).select(keeps)
 
 

@@ -26,11 +26,13 @@ class Message:
 class Example:
     """One row of data, as every format sees it.
 
-    ``where`` names the row for error texts: ``train.jsonl:17``.
+    ``where`` names the row for error texts: ``train.jsonl:17``. ``is_rejected``: the last turn is an answer to
+    turn away from, the second of a pair or one that was judged bad.
     """
 
     messages: tuple[Message, ...]
     where: str
+    is_rejected: bool = False
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -5,6 +5,12 @@
     messages           {"messages": [{"role": "user", "content": "..."}, ...]}
     sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}
 
+A pair of answers to one question (kind "pairs"), and an answer with a verdict (kind "judged"):
+
+    preference         {"prompt": "...", "chosen": "...", "rejected": "..."}          or messages in any of the three;
+                       the question also as instruction (input), messages or conversations, or inside chosen
+    judged             {"prompt": "...", "completion": "...", "label": true}          or any of the first four, labelled
+
 Extra keys are ignored. A row that cannot be used raises :class:`RowProblem`, which says whether it is
 skipped (nothing to learn from) or an error (somebody has to look).
 """
@@ -15,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasmith.data.example import Message, Role
+from lorasmith.data.example import Example, Message, Role
+from lorasmith.data.settings import RowKind
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ROLES: dict[str, Role] = {
@@ -50,9 +57,30 @@ class Format:
     title: str
     keys: tuple[str, ...]
     to_messages: Callable[[Mapping[str, Any]], tuple[Message, ...]]
+    kind: RowKind = "answers"
+
+    def examples(self, fields: Mapping[str, Any], where: str) -> tuple[Example, ...]:
+        """Return what a row teaches: one example, or the chosen and the rejected one of a pair.
+
+        Raises:
+            RowProblem: the row has nothing to learn, or is of another format.
+        """
+        messages = self.read(fields)
+        if self.kind == "answers":
+            return (Example(messages, where),)
+        if self.kind == "judged":
+            return (Example(messages, where, is_rejected=not _verdict(fields)),)
+        rejected = _checked(_side(fields, "rejected"))
+        if rejected[:-1] != messages[:-1]:
+            raise RowProblem(
+                "two questions", "chosen and rejected do not answer the same conversation", is_error=True
+            )
+        if rejected == messages:
+            raise RowProblem("chosen and rejected are the same")
+        return Example(messages, where), Example(rejected, where, is_rejected=True)
 
     def read(self, fields: Mapping[str, Any]) -> tuple[Message, ...]:
-        """Return the conversation of a row.
+        """Return the conversation of a row; of a pair, the chosen one.
 
         Raises:
             RowProblem: the row has nothing to learn, or is of another format.
@@ -66,12 +94,15 @@ class Format:
                     f"{what}, in a file of {self.title} ({' and '.join(self.keys)})",
                     is_error=True,
                 )
-        messages = self.to_messages(fields)
-        if not messages or messages[-1].role != "assistant":
-            raise RowProblem("missing answer", "the last turn is not the assistant's")
-        if all(message.role != "user" for message in messages):
-            raise RowProblem("missing instruction", "no turn is the user's")
-        return messages
+        return _checked(self.to_messages(fields))
+
+
+def _checked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not messages or messages[-1].role != "assistant":
+        raise RowProblem("missing answer", "the last turn is not the assistant's")
+    if all(message.role != "user" for message in messages):
+        raise RowProblem("missing instruction", "no turn is the user's")
+    return messages
 
 
 def _alpaca(fields: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -96,9 +127,54 @@ def _sharegpt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return _turns(fields["conversations"], "from", "value")
 
 
+def _side(fields: Mapping[str, Any], key: str) -> tuple[Message, ...]:
+    """Return the conversation that ends with the answer at ``key``, "chosen" or "rejected"."""
+    answer = fields[key]
+    if isinstance(answer, Mapping):
+        answer = [answer]
+    if not isinstance(answer, list):
+        return (*_question(fields), Message("assistant", _text(fields, key, f"{key} answer")))
+    turns = _turns(answer, "role", "content")
+    is_whole = bool(turns) and turns[0].role != "assistant"
+    return turns if is_whole else (*_question(fields), *turns)
+
+
+def _question(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    for key in ("prompt", "messages", "conversations"):
+        if isinstance(fields.get(key), list):
+            return _turns(fields[key], "role", "content")
+    if "prompt" in fields or "instruction" not in fields:
+        return (Message("user", _text(fields, "prompt", "instruction")),)
+    context = "" if _is_blank(fields.get("input")) else _text(fields, "input", "input")
+    return (Message("user", _text(fields, "instruction", "instruction"), context),)
+
+
+def _judged(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    answers = [f for f in FORMATS.values() if f.kind == "answers"]
+    found = next((f for f in answers if all(key in fields for key in f.keys)), None)
+    if found is None:
+        known = "; ".join(", ".join(f.keys) for f in answers)
+        raise RowProblem(
+            "another schema", f"{describe_keys(fields)}; beside label it needs {known}", is_error=True
+        )
+    return found.to_messages(fields)
+
+
+def _verdict(fields: Mapping[str, Any]) -> bool:
+    label = fields["label"]
+    verdict = {"true": True, "false": False}.get(label.lower()) if isinstance(label, str) else label
+    if not isinstance(verdict, bool):
+        raise RowProblem("label is not true or false", f'"label" is {str(label)[:40]!r}', is_error=True)
+    return verdict
+
+
 FORMATS = {
     f.name: f
     for f in (  # the order is the precedence where a row has the keys of several
+        Format(
+            "preference", "preference rows", ("chosen", "rejected"), lambda f: _side(f, "chosen"), "pairs"
+        ),
+        Format("judged", "judged answers", ("label",), _judged, "judged"),
         Format("messages", "OpenAI messages", ("messages",), _messages),
         Format("sharegpt", "ShareGPT conversations", ("conversations",), _sharegpt),
         Format("alpaca", "Alpaca rows", ("instruction", "output"), _alpaca),
@@ -107,27 +183,44 @@ FORMATS = {
 }
 
 
-def detect_format(fields: Mapping[str, Any]) -> Format | None:
-    """Return the format all of whose keys the row has. Preference rows (chosen, rejected) are none of ours."""
-    if "chosen" in fields and "rejected" in fields:
+def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Format | None:
+    """Return the format of ``kind`` all of whose keys the row has. A pair of answers is never one answer."""
+    if kind == "answers" and "chosen" in fields and "rejected" in fields:
         return None
-    return next((f for f in FORMATS.values() if all(key in fields for key in f.keys)), None)
+    return next((f for f in _formats_of(kind) if all(key in fields for key in f.keys)), None)
 
 
-def explain_unknown(fields: Mapping[str, Any]) -> str:
-    """Say why a row is of no known format, and which is nearest."""
-    if "chosen" in fields and "rejected" in fields:
-        return "These are preference rows (chosen, rejected). Training on answers needs rows with one answer."
+def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str:
+    """Say why a row is of no known format of ``kind``, and which is nearest."""
+    if kind == "answers" and "chosen" in fields and "rejected" in fields:
+        return (
+            "These are preference rows (chosen, rejected). Training on answers needs rows with one answer; "
+            "objective.name=dpo learns from pairs."
+        )
+    if kind == "pairs" and (detect_format(fields) or detect_format(fields, "judged")):
+        return (
+            f"{describe_keys(fields)}: a row with one answer. This objective needs preference rows (prompt, chosen, "
+            "rejected); objective.name=sft trains on answers, objective.name=kto on answers with a label."
+        )
+    if kind == "judged" and (detect_format(fields) or detect_format(fields, "pairs")):
+        return (
+            f"{describe_keys(fields)}: no label. objective.name=kto needs answers with a label (prompt, completion, "
+            "label: true or false); objective.name=sft trains on answers, objective.name=dpo on pairs."
+        )
 
     def likeness(f: Format) -> float:
         return sum(
             max((difflib.SequenceMatcher(None, key, k).ratio() for k in fields), default=0) for key in f.keys
         )
 
-    nearest = max(FORMATS.values(), key=lambda f: likeness(f) / len(f.keys))
-    known = "; ".join(f"{f.title}: {', '.join(f.keys)}" for f in FORMATS.values())
+    nearest = max(_formats_of(kind), key=lambda f: likeness(f) / len(f.keys))
+    known = "; ".join(f"{f.title}: {', '.join(f.keys)}" for f in _formats_of(kind))
     keys = ", ".join(nearest.keys)
     return f"{describe_keys(fields)}. The nearest format is {nearest.title} ({keys}). Known: {known}."
+
+
+def _formats_of(kind: RowKind) -> list[Format]:
+    return [f for f in FORMATS.values() if f.kind == kind]
 
 
 def describe_keys(fields: Mapping[str, Any]) -> str:

@@ -15,7 +15,10 @@ from lorasmith.data.receipt import Receipt
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """N used rows. ``stored`` is a row's length in its shard, ``lengths`` the one after the overlong policy."""
+    """N used examples, two for each row of pairs.
+
+    ``stored`` is the length in the shard, ``lengths`` the one after the overlong policy.
+    """
 
     shards: np.ndarray  # int32 [N], into RowIndex.shard_keys
     starts: np.ndarray  # int64 [N], into the tokens of the shard
@@ -24,6 +27,7 @@ class RowTable:
     num_learnt: np.ndarray  # int32 [N], tokens; after the overlong policy
     file_numbers: np.ndarray  # int32 [N], into RowIndex.files
     lines: np.ndarray  # int64 [N]
+    rejected: np.ndarray  # bool [N], the second of a pair, or judged bad
 
     def select(self, rows: np.ndarray) -> "RowTable":
         """Return the table of ``rows``: indices, or one bool for each row."""

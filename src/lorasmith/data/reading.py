@@ -7,18 +7,25 @@ from lorasmith.data.example import Example
 from lorasmith.data.formats import FORMATS, Format, RowProblem, detect_format, explain_unknown
 from lorasmith.data.readers import BlankLine, Item, Position, Row, RowFault
 from lorasmith.data.receipt import Ledger
-from lorasmith.data.settings import FormatName
+from lorasmith.data.settings import FormatName, RowKind
 from lorasmith.data.shards import digest_messages
 from lorasmith.data.sources import DataFile, Source
 from lorasmith.errors import DataError
 
+_KINDS: dict[RowKind, str] = {"answers": "answers", "pairs": "pairs of answers", "judged": "judged answers"}
 _ROWS_TO_DETECT = 1000  # rows looked at until one is of a known format
 
 
 def read_examples(
-    source: Source, format_name: FormatName, ledger: Ledger, position: Position
+    source: Source,
+    format_name: FormatName,
+    ledger: Ledger,
+    position: Position,
+    kind: RowKind = "answers",
 ) -> Iterator[tuple[Example, bytes]]:
     """Yield each usable example with the digest of its messages; enter every row in the ledger.
+
+    A pair yields two, the chosen one first.
 
     ``position`` is kept at how much of the source is read. Memory: some 400 bytes a row, to know duplicates.
 
@@ -30,34 +37,37 @@ def read_examples(
     done = 0
     for file in source.files:
         in_file = Position()
-        row_format, items = _choose_format(file, format_name, file.rows(in_file))
+        row_format, items = _choose_format(file, format_name, kind, file.rows(in_file))
         for item in items:
             position.done = done + in_file.done
             ledger.read()
-            example = _read_item(item, row_format, ledger)
-            if example is None:
+            examples = _read_item(item, row_format, ledger)
+            if not examples:
                 continue
-            digest = digest_messages(example.messages)
-            where = first_seen.setdefault(digest, example.where)
+            digests = [digest_messages(example.messages) for example in examples]
+            example = examples[0]
+            where = first_seen.setdefault(b"".join([*digests, bytes([example.is_rejected])]), example.where)
             if where is not example.where:
                 ledger.skip("duplicate", example.where, f"the same as {where}")
                 continue
-            where = first_asked.setdefault(digest_messages(example.question), example.where)
-            if where is not example.where:
-                ledger.warn(
-                    "same question, other answer", f"{example.where}: same question as {where}, other answer"
-                )
+            if kind == "answers":
+                where = first_asked.setdefault(digest_messages(example.question), example.where)
+                if where is not example.where:
+                    ledger.warn(
+                        "same question, other answer",
+                        f"{example.where}: same question as {where}, other answer",
+                    )
             ledger.use()
-            yield example, digest
+            yield from zip(examples, digests, strict=True)
         done += in_file.done
 
 
-def _read_item(item: Item, row_format: Format | None, ledger: Ledger) -> Example | None:
+def _read_item(item: Item, row_format: Format | None, ledger: Ledger) -> tuple[Example, ...]:
     match item:
         case Row(fields, where):
             assert row_format is not None  # chosen from the rows
             try:
-                return Example(row_format.read(fields), where)
+                return row_format.examples(fields, where)
             except RowProblem as problem:
                 enter = ledger.fail if problem.is_error else ledger.skip
                 enter(problem.reason, where, problem.detail)
@@ -65,21 +75,27 @@ def _read_item(item: Item, row_format: Format | None, ledger: Ledger) -> Example
             ledger.fail(reason, where, detail)
         case BlankLine(where):
             ledger.skip("blank line", where)
-    return None
+    return ()
 
 
 def _choose_format(
-    file: DataFile, format_name: FormatName, items: Iterator[Item]
+    file: DataFile, format_name: FormatName, kind: RowKind, items: Iterator[Item]
 ) -> tuple[Format | None, Iterator[Item]]:
     """Return the file's format (None: it holds no row) and its items from the start."""
     if format_name != "auto":
-        return FORMATS[format_name], items
+        named = FORMATS[format_name]
+        if named.kind != kind:
+            raise DataError(
+                f"data.format is {format_name} ({named.title}), and the objective learns from {_KINDS[kind]}. "
+                "Leave data.format out, or choose another objective.name."
+            )
+        return named, items
     looked_at: list[Item] = []
     first_row: Row | None = None
     for item in items:
         looked_at.append(item)
         if isinstance(item, Row):
-            found = detect_format(item.fields)
+            found = detect_format(item.fields, kind)
             if found:
                 return found, itertools.chain(looked_at, items)
             first_row = first_row or item
@@ -88,7 +104,7 @@ def _choose_format(
     if first_row:
         raise DataError(
             f"{first_row.where}: the row is of no known format, nor is one after it. "
-            f"{explain_unknown(first_row.fields)} Rename the keys; --format names a format that should be "
+            f"{explain_unknown(first_row.fields, kind)} Rename the keys; --format names a format that should be "
             "assumed."
         )
     if len(looked_at) >= _ROWS_TO_DETECT:

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt"]
+FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "judged"]
+RowKind = Literal["answers", "pairs", "judged"]  # what a row teaches: see formats.py
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]

@@ -41,6 +41,16 @@ class TokenizedExample:
     where: str
 
 
+def examples_per_row(dataset: Sequence[TokenizedExample]) -> int:
+    """Return 2 where ``dataset`` holds pairs, the chosen example before the rejected one, else 1."""
+    return getattr(dataset, "examples_per_row", 1)
+
+
+def num_rows(dataset: Sequence[TokenizedExample]) -> int:
+    """Return the examples of ``dataset``, a pair counted once: what a step's batch_size counts."""
+    return len(dataset) // examples_per_row(dataset)
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """Text without special tokens, or one special token (then ``token_id`` is set).

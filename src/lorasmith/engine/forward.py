@@ -34,7 +34,7 @@ from lorasmith.engine.frozen import (
     only_layers,
 )
 from lorasmith.engine.linear import choose_product_dtype, count_unfused, restore_lora, speed_up_lora
-from lorasmith.engine.loss import summed_cross_entropy
+from lorasmith.engine.loss import cross_entropies
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
 from lorasmith.model.methods import num_virtual_tokens
@@ -219,14 +219,23 @@ class PackForward:
         Divide by the learnt tokens of the whole optimizer step for the mean that is trained on. ``name`` is the
         data set whose kept states to use.
         """
+        return (self._losses(pack, name) * torch.from_numpy(pack.weights).to(self.device)).sum()
+
+    def log_probs(self, pack: Pack, name: str | None = None) -> torch.Tensor:
+        """Return the log probability of the learnt tokens of each of ``pack.examples``, summed; float32, a graph."""
+        losses = self._losses(pack, name)
+        of_examples = np.repeat(np.arange(len(pack.examples)), pack.learnt_of)
+        each = losses.index_select(0, torch.from_numpy(pack.predictions).to(self.device))
+        sums = torch.zeros(len(pack.examples), dtype=each.dtype, device=self.device)
+        return -sums.index_add(0, torch.from_numpy(of_examples).to(self.device), each)
+
+    def _losses(self, pack: Pack, name: str | None) -> torch.Tensor:
+        """Return the cross-entropy of each of the N predictions of ``pack``, float32 [N] with a graph."""
         targets = torch.from_numpy(pack.targets).to(self.device)
-        weights = torch.from_numpy(pack.weights).to(self.device)
         if self._chunked:
             hidden = self._run(self._decoder, pack, name).last_hidden_state
             learnt = hidden.flatten(0, 1).index_select(0, self._learnt_rows(pack))
-            return summed_cross_entropy(
-                learnt, self._head.weight, self._head.bias, targets, weights, self._product_dtype
-            )
+            return cross_entropies(learnt, self._head.weight, self._head.bias, targets, self._product_dtype)
         if self.packed:
             logits = self._run(self._base, pack, name, logits_to_keep=self._learnt_rows(pack)).logits[0]
         else:
@@ -234,8 +243,7 @@ class PackForward:
             longest = max(segment.stop - segment.start for segment in pack.segments)
             logits = logits[:, logits.shape[1] - longest :]  # without those of virtual tokens
             logits = logits.flatten(0, 1)[self._learnt_rows(pack)]
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return (losses * weights).sum()
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def _run(self, module: Any, pack: Pack, name: str | None = None, **extra: Any) -> Any:
         """Call ``module``, the decoder or the whole model, on ``pack`` and return its output value."""

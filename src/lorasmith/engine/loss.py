@@ -15,31 +15,31 @@ import torch
 _CHUNK_BYTES, _CHUNK_BYTES_OF_GPU = 32 * 2**20, 512 * 2**20
 
 
-def summed_cross_entropy(
+def cross_entropies(
     hidden: torch.Tensor,
     head: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    weights: torch.Tensor,
     product_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return ``sum_n weights[n] * cross_entropy(head @ hidden[n], targets[n])``, a float32 scalar.
+    """Return ``cross_entropy(head @ hidden[n], targets[n])`` for every n, float32 [N].
 
-    ``hidden`` [N, D] in the compute dtype, ``head`` [V, D] and ``bias`` [V] frozen, ``targets`` int64 [N],
-    ``weights`` float32 [N]. The gradient of ``hidden`` is made in the forward pass, while the logits are there.
+    ``hidden`` [N, D] in the compute dtype, ``head`` [V, D] and ``bias`` [V] frozen, ``targets`` int64 [N].
+    The gradient of ``hidden`` is made in the forward pass, while the logits are there: row n of it depends on
+    prediction n alone, so the backward pass only multiplies it by what comes from above.
     ``product_dtype`` is what matrix products are computed in, None for that of ``hidden``.
     """
     if head.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the output head must be frozen: its gradient is not computed here")
-    return _SummedCrossEntropy.apply(hidden, head, bias, targets, weights, product_dtype or hidden.dtype)  # type: ignore[no-any-return]
+    return _CrossEntropies.apply(hidden, head, bias, targets, product_dtype or hidden.dtype)  # type: ignore[no-any-return]
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _CrossEntropies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, head, bias, targets, weights, product_dtype):
+    def forward(ctx: Any, hidden, head, bias, targets, product_dtype):
         chunk_bytes = _CHUNK_BYTES_OF_GPU if hidden.is_cuda else _CHUNK_BYTES
         rows = max(1, chunk_bytes // (4 * head.shape[0]))
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
         factors, head = hidden.to(product_dtype), head.to(product_dtype)
@@ -51,22 +51,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
             wanted = logits.gather(1, targets[part, None]).squeeze(1) - peak.squeeze(1)
             shares = logits.sub_(peak).exp_()
             norm = shares.sum(dim=-1, keepdim=True)
-            total += ((norm.squeeze(1).log() - wanted) * weights[part]).sum()
-            if gradient is not None:  # d loss / d logits = weight * (softmax - one_hot(target))
-                shares.mul_(weights[part, None] / norm)
-                shares.scatter_add_(1, targets[part, None], -weights[part, None])
+            losses[part] = norm.squeeze(1).log() - wanted
+            if gradient is not None:  # d loss / d logits = softmax - one_hot(target)
+                shares.div_(norm)
+                shares.scatter_add_(1, targets[part, None], shares.new_full((len(wanted), 1), -1.0))
                 gradient[part] = shares.to(head.dtype) @ head
         ctx.gradient = gradient
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, upstream):
         gradient = ctx.gradient
-        return (
-            (None if gradient is None else gradient * upstream.to(gradient.dtype)),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if gradient is not None:
+            gradient = (gradient * upstream[:, None]).to(gradient.dtype)
+        return gradient, None, None, None, None

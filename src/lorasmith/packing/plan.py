@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, num_rows
 from lorasmith.packing.trie import count_tokens
 
 _MOST_STEPS_COUNTED = 2_000
@@ -30,11 +30,11 @@ def predict_gain(
     order: Callable[[int], Sequence[int]],
     min_prefix_tokens: int = 8,
 ) -> Gain:
-    """Return the tokens of one epoch of ``dataset`` in steps of ``batch_size`` examples.
+    """Return the tokens of one epoch of ``dataset`` in steps of ``batch_size`` rows.
 
     ``order`` names the examples of step 0, 1, ...
     """
-    num_steps = math.ceil(len(dataset) / batch_size)
+    num_steps = math.ceil(num_rows(dataset) / batch_size)
     num_counted = min(num_steps, _MOST_STEPS_COUNTED)
     counted = padded = packed = shared = 0
     for step in range(num_counted):

@@ -53,6 +53,8 @@ class Pack:
     weights: np.ndarray  # float32 [N]
     examples: tuple[int, ...]  # the examples that stand in this pack
     paths: tuple[tuple[int, ...], ...]  # for each of them, its segments from the root on
+    predictions: np.ndarray  # int64 [L]: for each learnt token of each example in turn, its place among the N
+    learnt_of: np.ndarray  # int64 [examples]: how many of these each example has
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +78,7 @@ def pack_examples(
     max_tokens: int,
     max_examples: int | None = None,
     num_processes: int = 1,
+    together: int = 1,
     share_prefixes: bool = True,
     min_prefix_tokens: int = 8,
     cost: PackCost = PackCost(),  # noqa: B008 (frozen)
@@ -86,16 +89,15 @@ def pack_examples(
     allows are made, then their costs are evened out: the largest decides the memory, and with several processes
     the time: these get a multiple of ``num_processes`` packs where there are examples for it.
 
+    ``together``: each run of so many ``indices`` (2: a pair) stands in one pack, and is split as one example is.
+
     A prefix shorter than ``min_prefix_tokens`` is repeated: a segment of its own would cost more than it saves.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    examples = [dataset[index] for index in indices]
+    numbered = [(index, dataset[index]) for index in indices]
     if share_prefixes:
-        keyed = sorted(zip(map(_sort_key, examples), indices, range(len(examples)), strict=True))
-        numbered = [(index, examples[place]) for _, index, place in keyed]
-    else:
-        numbered = list(zip(indices, examples, strict=True))
+        numbered = _sorted_in_runs(numbered, together)
     inputs = [example.input_ids[:-1] for _, example in numbered]
     shared = _shared_with_previous(inputs) if share_prefixes else np.zeros(len(inputs), np.int64)
     lengths = np.array([len(ids) for ids in inputs], np.int64)
@@ -104,11 +106,22 @@ def pack_examples(
     saved = np.maximum(shared - (min_prefix_tokens - 1), 0)
     alone = cost.in_tokens(np.zeros_like(lengths), lengths, num_learnt)
     after = cost.in_tokens(saved, lengths, num_learnt)  # behind the one before it in the same pack
+    added = lengths - saved
+    if together > 1:  # from here on a run is what an example is
+        first, rest = slice(None, None, together), np.arange(len(lengths)) % together > 0
+        lengths = np.add.reduceat(np.where(rest, added, lengths), np.arange(len(lengths))[first])
+        alone = np.add.reduceat(np.where(rest, after, alone), np.arange(len(alone))[first])
+        added, after = added.reshape(-1, together).sum(axis=1), after.reshape(-1, together).sum(axis=1)
     packs = []
-    cuts = _split_evenly(lengths, lengths - saved, alone, after, max_tokens, max_examples, num_processes)
+    cuts = _split_evenly(lengths, added, alone, after, max_tokens, max_examples, num_processes)
     for low, high in cuts:
-        prefixes = np.concatenate([[0], shared[low + 1 : high]])
-        packs.append(_lay_out(numbered[low:high], prefixes, min_prefix_tokens if share_prefixes else None))
+        chosen = numbered[low * together : high * together]
+        if share_prefixes and together > 1:  # runs side by side share more when their examples are mixed
+            chosen = _sorted_in_runs(chosen, 1)
+            prefixes = _shared_with_previous([example.input_ids[:-1] for _, example in chosen])
+        else:
+            prefixes = np.concatenate([[0], shared[low + 1 : high]])
+        packs.append(_lay_out(chosen, prefixes, min_prefix_tokens if share_prefixes else None))
     return packs
 
 
@@ -166,6 +179,18 @@ def _branch(
 def _sort_key(example: TokenizedExample) -> bytes:
     """Bytes that sort as the tokens do, so that examples with a common prefix become neighbours."""
     return example.input_ids[:-1].astype(">i4").tobytes()
+
+
+def _sorted_in_runs(
+    numbered: list[tuple[int, TokenizedExample]], together: int
+) -> list[tuple[int, TokenizedExample]]:
+    """Return the numbered examples sorted by tokens: in each run of ``together``, and the runs by their first."""
+    keyed = [(_sort_key(example), number, example) for number, example in numbered]
+    runs = [
+        sorted(keyed[low : low + together], key=lambda k: k[:2]) for low in range(0, len(keyed), together)
+    ]
+    runs.sort(key=lambda run: run[0][:2])
+    return [(number, example) for run in runs for _, number, example in run]
 
 
 def _shared_with_previous(inputs: list[np.ndarray]) -> np.ndarray:
@@ -244,7 +269,7 @@ def _lay_out(
         learnt = labels != IGNORE_INDEX
         predictions.append(positions[learnt] << 32 | labels[learnt])
     # Examples that ask for the same prediction share it, with a weight.
-    distinct, counts = np.unique(np.concatenate(predictions), return_counts=True)
+    distinct, places, counts = np.unique(np.concatenate(predictions), return_inverse=True, return_counts=True)
     return Pack(
         input_ids=np.concatenate([inputs[b.place][b.begin : b.end] for b in branches]).astype(np.int64),
         position_ids=np.concatenate([np.arange(b.begin, b.end) for b in branches]),
@@ -255,4 +280,6 @@ def _lay_out(
         weights=counts.astype(np.float32),
         examples=tuple(number for number, _ in examples),
         paths=tuple(paths),
+        predictions=places,
+        learnt_of=np.array([len(part) for part in predictions], np.int64),
     )

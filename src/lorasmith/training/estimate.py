@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, num_rows
 from lorasmith.engine.forward import PackForward
 from lorasmith.model.gpus import Gpu
 from lorasmith.model.memory import free_bytes
@@ -74,7 +74,7 @@ def estimate_here(
     weights = _bytes_of_weights(model)
     activations = round(fit.bytes_per_token * fit.largest_pack_tokens)
     training_bytes = bytes_of_training(model)
-    num_tokens = tokens_to_compute(gain, len(dataset), training, forward)
+    num_tokens = tokens_to_compute(gain, num_rows(dataset), training, forward)
     seconds = num_tokens * fit.seconds_per_token
     return Estimate(
         place="this machine's " + ("CPU" if forward.device.type == "cpu" else "GPU"),
@@ -87,7 +87,7 @@ def estimate_here(
             "Python and libraries": max(0, fit.peak_bytes - weights - training_bytes - activations),
         },
         memory_bytes=free_bytes(forward.device) + fit.peak_bytes - training_bytes - activations,
-        num_steps=training.num_steps(len(dataset)),
+        num_steps=training.num_steps(num_rows(dataset)),
         num_tokens=num_tokens,
         seconds=(seconds, seconds),
     )
@@ -113,8 +113,8 @@ def estimate_on(
     fit, activations, pack = fit_computed(
         rehearsal, dataset, one_gpu, checkpointing, torch.device("cuda"), room
     )
-    num_tokens = tokens_to_compute(gain, len(dataset), training, rehearsal.forward)
-    num_steps = training.num_steps(len(dataset))
+    num_tokens = tokens_to_compute(gain, num_rows(dataset), training, rehearsal.forward)
+    num_steps = training.num_steps(num_rows(dataset))
     seconds = None
     if fit is not None:
         products = num_tokens / count * pack.flops / fit.largest_pack_tokens

@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, examples_per_row, num_rows
 from lorasmith.engine.forward import PackForward
 from lorasmith.errors import TrainingError
 from lorasmith.model.memory import (
@@ -285,10 +285,12 @@ def heaviest_pack(
     Looked at: a step of the longest examples, larger than any of the run if it is one pack, and the largest steps
     of the first epoch, whose shared prefixes make other shapes.
     """
-    lengths = example_lengths(dataset)
-    size = min(training.batch_size, len(lengths))
-    longest = np.argpartition(lengths, -size)[-size:].tolist()
-    per_epoch = training.steps_per_epoch(len(lengths))
+    lengths, per_row = example_lengths(dataset), examples_per_row(dataset)
+    of_rows = lengths.reshape(-1, per_row).sum(axis=1)
+    size = min(training.batch_size, len(of_rows))
+    rows = np.argpartition(of_rows, -size)[-size:]
+    longest = (rows[:, None] * per_row + np.arange(per_row)).flatten().tolist()
+    per_epoch = training.steps_per_epoch(len(of_rows))
     order = order_steps(dataset, training)
     steps = [order.examples_of(step) for step in range(min(per_epoch, 1000))]
     steps.sort(key=lambda step: int(lengths[step].sum()), reverse=True)
@@ -300,6 +302,7 @@ def heaviest_pack(
             step,
             max_tokens=max_tokens,
             max_examples=training.micro_batch_size,
+            together=per_row,
             share_prefixes=forward.share_prefixes,
             cost=forward.cost,
         )
@@ -325,14 +328,15 @@ def example_lengths(dataset: Sequence[TokenizedExample]) -> np.ndarray:
 
 
 def longest_input(dataset: Sequence[TokenizedExample]) -> int:
-    """Return the tokens that the longest example computes: all but its last."""
-    return int(example_lengths(dataset).max()) - 1
+    """Return the tokens that the longest row computes: all but the last of each example, nothing shared."""
+    per_row = examples_per_row(dataset)
+    return int((example_lengths(dataset) - 1).reshape(-1, per_row).sum(axis=1).max())
 
 
 def run_tokens(dataset: Sequence[TokenizedExample], training: TrainingSettings) -> int:
     """Return about how many tokens the whole run computes, shared prefixes counted for each example."""
-    steps = training.num_steps(len(dataset))
-    return round(float(example_lengths(dataset).sum()) * steps / training.steps_per_epoch(len(dataset)))
+    steps, per_epoch = training.num_steps(num_rows(dataset)), training.steps_per_epoch(num_rows(dataset))
+    return round(float(example_lengths(dataset).sum()) * steps / per_epoch)
 
 
 def _part_of(

@@ -31,7 +31,7 @@ from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.sources import open_source
-from lorasmith.data.tokens import TokenizedExample, tokenizer_json
+from lorasmith.data.tokens import TokenizedExample, num_rows, tokenizer_json
 from lorasmith.data.workers import count_cores
 from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
@@ -60,10 +60,12 @@ from lorasmith.training.distributed import ALONE, Team, digest
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.loop import StepReport, train
+from lorasmith.training.objective import NEXT_TOKEN, Objective
+from lorasmith.training.preference import Preference, reference_log_probs
 from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
-from lorasmith.training.settings import OutputSettings, TrainingSettings
+from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
 from lorasmith.training.sharding import check_sharding, shard_base
 
 Say = Callable[[str], None]
@@ -93,10 +95,11 @@ class TrainingJob:
     fit: Fit
     may_checkpoint: bool
     team: Team
+    objective: Objective
 
     @property
     def num_steps(self) -> int:
-        return self.training.num_steps(len(self.dataset))
+        return self.training.num_steps(num_rows(self.dataset))
 
 
 def prepare_job(
@@ -108,6 +111,7 @@ def prepare_job(
     method: MethodSettings,
     engine: EngineSettings,
     training: TrainingSettings,
+    objective: ObjectiveSettings,
     output: OutputSettings,
     settings: dict[str, Any],
     say: Say = lambda line: None,
@@ -146,6 +150,8 @@ def prepare_job(
     with team.first_on_each_machine():
         resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
+    if objective.kind != "answers":  # what is compared is the last answer
+        prompt = prompt.model_copy(update={"learn": "last"})
     recipe, reason = choose_recipe(prompt, tokenizer)
     say(f"Prompt recipe: {recipe.name} ({reason})")
 
@@ -158,18 +164,20 @@ def prepare_job(
         progress("Reading and tokenising", share)
 
     with team.first_on_each_machine():
-        all_rows = prepare_dataset(data, recipe, tokenizer, progress=reading)
-    kept, held_out = split_for_validation(len(all_rows), training)
+        all_rows = prepare_dataset(data, recipe, tokenizer, kind=objective.kind, progress=reading)
+    kept, held_out = split_for_validation(num_rows(all_rows), training)
     if not kept:
         raise DataError(
             f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "
             f"{len(all_rows)} used, {len(held_out)} held out. See the receipt: lorasmith check {data.train}"
         )
-    dataset = all_rows.subset(kept)
-    validation: TokenizedDataset | None = all_rows.subset(held_out) if held_out else None
+    dataset = all_rows.rows(kept)
+    validation: TokenizedDataset | None = all_rows.rows(held_out) if held_out else None
     if data.validation is not None:
         with team.first_on_each_machine():
-            validation = prepare_dataset(data, recipe, tokenizer, source=data.validation, progress=reading)
+            validation = prepare_dataset(
+                data, recipe, tokenizer, kind=objective.kind, source=data.validation, progress=reading
+            )
         if len(validation) == 0:
             raise DataError(f"{data.validation} holds no example that can be used for the validation loss.")
 
@@ -183,8 +191,8 @@ def prepare_job(
             "fingerprint": all_rows.fingerprint,
             "validation_fingerprint": validation.fingerprint if data.validation and validation else None,
             "tokenizer_fingerprint": hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest(),
-            "num_examples": len(dataset),
-            "num_validation": 0 if validation is None else len(validation),
+            "num_examples": num_rows(dataset),
+            "num_validation": 0 if validation is None else num_rows(validation),
         },
         processes=team.count,
     )
@@ -192,7 +200,7 @@ def prepare_job(
     resume_from = _what_to_resume(run_dir, then, record, output, say, team)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
-    num_steps = training.num_steps(len(dataset))
+    num_steps = training.num_steps(num_rows(dataset))
     is_sharded = engine.shard_base and team.count > 1
     # What is to be sharded does not fit the device whole.
     where = replace(choice, device=torch.device("cpu")) if is_sharded else choice
@@ -234,7 +242,8 @@ def prepare_job(
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
-        rate = suggest_learning_rate(config.model_type, config.hidden_size, method.rate_multiple)
+        multiple = method.rate_multiple * objective.rate_multiple
+        rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
         say(f"Learning rate: {rate:.2g} (from the base's hidden size {config.hidden_size})")
     trained = count_trainable(model)
     if isinstance(method, FullSettings):
@@ -262,6 +271,10 @@ def prepare_job(
             if note and name == "train":
                 say(f"Frozen layers: {note}")
 
+    base_key = f"{resolved.ref.fingerprint} {base.quantization} {found['dtype']}"
+    learns = _make_objective(
+        objective, base_key, model, forward, method, dataset, validation, training, team, progress
+    )
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     if settled is not None:
         fit = settled
@@ -285,7 +298,7 @@ def prepare_job(
         fit = Fit.from_json(team.from_first(choose))
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
-            left = tokens_to_compute(gain, len(dataset), training, forward) * fit.seconds_per_token
+            left = tokens_to_compute(gain, num_rows(dataset), training, forward) * fit.seconds_per_token
             by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
             say(
                 f"Time: about {in_words(left / team.count)}, "
@@ -319,6 +332,7 @@ def prepare_job(
         fit,
         may_checkpoint=engine.gradient_checkpointing is not False,
         team=team,
+        objective=learns,
     )
 
 
@@ -336,6 +350,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
         job.training,
         forward=job.forward,
         learning_rate=job.learning_rate,
+        objective=job.objective,
         run_dir=job.run_dir,
         fit=job.fit,
         may_checkpoint=job.may_checkpoint,
@@ -372,6 +387,38 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
     if report is None or report.step == report.num_steps:
         _finish(job, record, time.monotonic() - started, peak.during)
     job.team.wait()
+
+
+def _make_objective(
+    objective: ObjectiveSettings,
+    base_key: str,
+    model: PeftModel | PreTrainedModel,
+    forward: PackForward,
+    method: MethodSettings,
+    dataset: TokenizedDataset,
+    validation: TokenizedDataset | None,
+    training: TrainingSettings,
+    team: Team,
+    progress: Progress,
+) -> Objective:
+    """Return what the loop minimises, with the reference's log probabilities where it needs them."""
+    if objective.name == "sft":
+        return NEXT_TOKEN
+    references = {}
+    for name, examples in (("train", dataset), ("validation", validation)):
+        if examples is not None and objective.needs_reference:
+            references[name] = reference_log_probs(
+                model,
+                forward,
+                examples,
+                name,
+                method,
+                base_key=base_key,
+                team=team,
+                max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
+                on_progress=lambda share: progress("Asking the base for its log probabilities", share),
+            )
+    return Preference(objective, references)
 
 
 def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int) -> None:
@@ -623,7 +670,7 @@ _HARMLESS = {
 
 
 # What runs meant that are older than the setting.
-_BEFORE = {("method", "name"): "lora", ("base", "quantization"): "none"}
+_BEFORE = {("method", "name"): "lora", ("objective", "name"): "sft", ("base", "quantization"): "none"}
 
 
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:

@@ -2,7 +2,7 @@
 
     for step:
         take the step's examples -> packs
-        for each pack:  loss = sum over learnt tokens / learnt tokens of the whole step;  backward
+        for each pack:  loss = sum over learnt tokens (or pairs) / those of the whole step;  backward
         out of memory: smaller packs, and the step again from its start
         several processes: each has done its share of the packs; sum their gradients
         clip, set the learning rate, AdamW
@@ -15,7 +15,7 @@ The mean is over the learnt tokens of the step, so its cut into packs, and which
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, examples_per_row, num_rows
 from lorasmith.engine.forward import PackForward
 from lorasmith.errors import NonFiniteLossError, ResumeError, TrainingError
 from lorasmith.model.memory import free_bytes, give_back_freed_memory, is_out_of_memory
@@ -39,6 +39,7 @@ from lorasmith.training.checkpoint import (
 from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
 from lorasmith.training.method_steps import after_step, group_parameters, penalty
+from lorasmith.training.objective import NEXT_TOKEN, Objective
 from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
@@ -50,7 +51,7 @@ _PROBE_TOLERANCE = (
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did. Losses are means over learnt tokens, in nats."""
+    """What one optimizer step did. Losses are means over learnt tokens or pairs, in nats."""
 
     step: int  # steps done, from 1
     num_steps: int
@@ -64,6 +65,7 @@ class StepReport:
     validation_loss: float | None = None
     checkpoint: Path | None = None
     memory_note: str | None = None  # what was done when this step ran out of memory
+    measured: Mapping[str, float] | None = None  # what else the objective tells, as means
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +80,7 @@ def train(
     forward: PackForward,
     learning_rate: float,
     run_dir: Path,
+    objective: Objective = NEXT_TOKEN,
     fit: Fit | None = None,
     may_checkpoint: bool = True,
     method: MethodSettings | None = None,
@@ -107,8 +110,8 @@ def train(
         NonFiniteLossError: a loss or gradient is NaN or infinite. The last checkpoint is kept.
         ResumeError: ``resume_from`` does not give the loss that was noted when it was saved.
     """
-    num_steps = settings.num_steps(len(dataset))
-    per_epoch = settings.steps_per_epoch(len(dataset))
+    num_steps = settings.num_steps(num_rows(dataset))
+    per_epoch = settings.steps_per_epoch(num_rows(dataset))
     order = order_steps(dataset, settings)
     fit = fit or Fit.unmeasured(settings, forward.checkpointing, forward.device)
     forward.set_checkpointing(fit.gradient_checkpointing)
@@ -139,14 +142,15 @@ def train(
         examples = order.examples_of(step)
         while True:
             packs = _pack(dataset, examples, settings, forward, fit, team)
-            num_learnt = sum(pack.num_learnt for pack in packs)
+            count = sum(objective.count(pack) for pack in packs)
             model.train()
             optimizer.zero_grad(set_to_none=True)
             share = team.share(packs, forward.cost, evenly=forward.is_sharded)
             found = _accumulate(
-                model, packs, share, num_learnt, forward, scaler, fit, (settings.seed, step), team
+                model, packs, share, objective, count, forward, scaler, fit, (settings.seed, step), team
             )
-            loss, num_out_of_memory = team.total(found or 0.0, found is None)
+            told = found or [0.0] * (1 + len(objective.tells))
+            num_out_of_memory, loss, *means = team.total(found is None, *told)
             if not num_out_of_memory:
                 team.sum_gradients(trained)
                 break
@@ -185,7 +189,14 @@ def train(
         is_best = False
         if validation is not None and (done % evaluate_every == 0 or last):
             validation_loss = mean_loss(
-                model, validation, settings, forward, name="validation", fit=fit, team=team
+                model,
+                validation,
+                settings,
+                forward,
+                objective=objective,
+                name="validation",
+                fit=fit,
+                team=team,
             )
             is_best = best is None or validation_loss < best
             best = validation_loss if is_best else best
@@ -197,10 +208,11 @@ def train(
             learning_rate=rate,
             grad_norm=grad_norm,
             num_tokens=sum(pack.num_tokens for pack in packs),
-            num_learnt_tokens=num_learnt,
+            num_learnt_tokens=sum(pack.num_learnt for pack in packs),
             seconds=seconds,
             validation_loss=validation_loss,
             memory_note=memory_note,
+            measured=dict(zip(objective.tells, means, strict=True)) or None,
         )
         record(report)
         if done % save_every == 0 or last or stopping or is_best:
@@ -230,36 +242,41 @@ def mean_loss(
     settings: TrainingSettings,
     forward: PackForward,
     *,
+    objective: Objective = NEXT_TOKEN,
     name: str | None = None,
     fit: Fit | None = None,
     team: Team = ALONE,
 ) -> float:
-    """Return the mean cross-entropy over all learnt tokens of ``dataset``, in nats, without dropout."""
+    """Return the mean loss over all learnt tokens (or pairs) of ``dataset``, in nats, without dropout."""
     model.eval()
     fit = fit or Fit.unmeasured(settings, forward.checkpointing, forward.device)
-    total, num_learnt = 0.0, 0
+    total, count = 0.0, 0
     for low in range(0, len(dataset), 64):
         indices = range(low, min(low + 64, len(dataset)))
         packs = _pack(dataset, indices, settings, forward, fit, team)
-        num_learnt += sum(pack.num_learnt for pack in packs)
+        count += sum(objective.count(pack) for pack in packs)
         for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
-            total += weight * forward.summed_loss(packs[place], name).item()
-    return team.total(total)[0] / num_learnt
+            total += weight * objective.loss(forward, packs[place], name)[0].item()
+    return team.total(total)[0] / count
 
 
 def _accumulate(
     model: PeftModel | PreTrainedModel,
     packs: list[Pack],
     share: list[tuple[int, float]],
-    num_learnt: int,
+    objective: Objective,
+    count: int,
     forward: PackForward,
     scaler: torch.amp.GradScaler,
     fit: Fit,
     seed_and_step: tuple[int, int],
     team: Team,
-) -> float | None:
-    """Add the gradients of what the packs of ``share`` give to the mean, and return that; None if memory ran out."""
-    loss = 0.0
+) -> list[float] | None:
+    """Add the gradients of what the packs of ``share`` give to the mean.
+
+    Return that mean and those of what the objective tells, as far as these packs give them; None if memory ran out.
+    """
+    means = [0.0] * (1 + len(objective.tells))
     try:
         for place, weight in share:
             pack = packs[place]
@@ -268,9 +285,12 @@ def _accumulate(
             # Dropout's masks depend on seed, step and pack only, not on when and where the pack is computed.
             seeds = np.random.SeedSequence((*seed_and_step, place))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            mean = forward.summed_loss(pack, "train") * weight / num_learnt
+            total, told = objective.loss(forward, pack, "train")
+            mean = total * weight / count
             scaler.scale(mean).backward()
-            loss += mean.item()
+            means[0] += mean.item()
+            for number, value in enumerate(told, start=1):
+                means[number] += value * weight / count
         more = penalty(model) if team.is_first else None  # once a step, however many processes
         if more is not None:  # steers the step, and is no part of the loss that is told
             scaler.scale(more).backward()
@@ -279,7 +299,7 @@ def _accumulate(
         if forward.is_sharded or not is_out_of_memory(error):
             raise
         return None  # behind this line the traceback lets go of the pass's tensors
-    return loss
+    return means
 
 
 def _pack(
@@ -296,6 +316,7 @@ def _pack(
         max_tokens=fit.micro_batch_tokens,
         max_examples=settings.micro_batch_size,
         num_processes=team.count,
+        together=examples_per_row(dataset),
         share_prefixes=forward.share_prefixes,
         cost=forward.cost,
     )

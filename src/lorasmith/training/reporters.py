@@ -40,8 +40,11 @@ class MetricsFile:
 def as_metrics(report: StepReport) -> dict[str, Any]:
     """Return ``report`` as plain numbers, without what was not measured in this step."""
     metrics = {
-        key: value for key, value in asdict(report).items() if value is not None and key != "checkpoint"
+        key: value
+        for key, value in asdict(report).items()
+        if value is not None and key not in ("checkpoint", "measured")
     }
+    metrics |= report.measured or {}
     return {**metrics, "tokens_per_second": round(report.tokens_per_second, 1)}
 
 

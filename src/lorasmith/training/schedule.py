@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorasmith.data.tokens import TokenizedExample
+from lorasmith.data.tokens import TokenizedExample, examples_per_row, num_rows
 from lorasmith.training.settings import TrainingSettings
 
 _FULL_FINETUNING_RATE = 5e-5
@@ -54,12 +54,15 @@ class StepOrder:
     With ``groups`` (int [N], a number for each example), examples of one group come in the same steps as far as
     they fill them: a group of 21 fills two steps of 8 and leaves 5, which share a step with what others leave.
     The order within a group, of the leftovers and of the steps is shuffled.
+
+    A row is ``per_row`` examples that follow each other: a pair of answers is never torn.
     """
 
     def __init__(
-        self, num_examples: int, settings: TrainingSettings, groups: np.ndarray | None = None
+        self, num_rows: int, settings: TrainingSettings, groups: np.ndarray | None = None, per_row: int = 1
     ) -> None:
-        self._num_examples = num_examples
+        self._num_rows = num_rows
+        self._per_row = per_row
         self._settings = settings
         self._groups = groups
         self._epoch = -1
@@ -67,14 +70,15 @@ class StepOrder:
 
     def examples_of(self, step: int) -> list[int]:
         """Return the indices of the examples of step ``step`` (0-based)."""
-        epoch, place = divmod(step, self._settings.steps_per_epoch(self._num_examples))
+        epoch, place = divmod(step, self._settings.steps_per_epoch(self._num_rows))
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._steps_of(epoch)
-        return self._steps[place].tolist()
+        rows = self._steps[place][:, None] * self._per_row
+        return (rows + np.arange(self._per_row)).flatten().tolist()
 
     def _steps_of(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self._settings.seed, epoch])
-        order = rng.permutation(self._num_examples)
+        order = rng.permutation(self._num_rows)
         size = self._settings.batch_size
         if self._groups is None:
             return [order[low : low + size] for low in range(0, len(order), size)]
@@ -93,7 +97,9 @@ class StepOrder:
 def order_steps(dataset: Sequence[TokenizedExample], settings: TrainingSettings) -> StepOrder:
     """Return the order in which a run with ``settings`` takes ``dataset``."""
     prefix = settings.group_prefix_tokens
-    return StepOrder(len(dataset), settings, None if prefix is None else group_by_prefix(dataset, prefix))
+    per_row = examples_per_row(dataset)
+    groups = None if prefix is None else group_by_prefix(dataset, prefix)[::per_row]
+    return StepOrder(num_rows(dataset), settings, groups, per_row)
 
 
 def group_by_prefix(dataset: Sequence[TokenizedExample], num_tokens: int) -> np.ndarray:
@@ -109,9 +115,9 @@ def group_by_prefix(dataset: Sequence[TokenizedExample], num_tokens: int) -> np.
     return np.unique(digests, return_inverse=True)[1]
 
 
-def split_for_validation(num_examples: int, settings: TrainingSettings) -> tuple[list[int], list[int]]:
-    """Return the indices to train on and the held-out ones, both in the data's order; seeded."""
-    num_held_out = max(1, round(settings.validation_share * num_examples)) if settings.validation_share else 0
-    order = np.random.default_rng([settings.seed, 0x5EED]).permutation(num_examples)
+def split_for_validation(num_rows: int, settings: TrainingSettings) -> tuple[list[int], list[int]]:
+    """Return the rows to train on and the held-out ones, both in the data's order; seeded."""
+    num_held_out = max(1, round(settings.validation_share * num_rows)) if settings.validation_share else 0
+    order = np.random.default_rng([settings.seed, 0x5EED]).permutation(num_rows)
     held_out = set(order[:num_held_out].tolist())
-    return [i for i in range(num_examples) if i not in held_out], sorted(held_out)
+    return [i for i in range(num_rows) if i not in held_out], sorted(held_out)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorasmith.data.settings import RowKind
+
 
 class TrainingSettings(BaseModel):
     """A step is one optimizer step: ``batch_size`` examples, laid out in as many packs as memory asks for.
@@ -19,7 +21,7 @@ class TrainingSettings(BaseModel):
     max_steps: int | None = Field(
         default=None, ge=1, description="stop after this many steps, whatever epochs says"
     )
-    batch_size: int = Field(default=8, ge=1, description="examples in one step")
+    batch_size: int = Field(default=8, ge=1, description="examples (of preferences: pairs) in one step")
     group_prefix_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -27,7 +29,7 @@ class TrainingSettings(BaseModel):
         "the same steps, where the prefix is computed once; none: all shuffled alike",
     )
     micro_batch_size: int | None = Field(
-        default=None, ge=1, description="most examples in one pack; none: no limit"
+        default=None, ge=1, description="most examples (or pairs) in one pack; none: no limit"
     )
     micro_batch_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] = Field(
         default="auto",
@@ -92,6 +94,61 @@ class TrainingSettings(BaseModel):
         return (
             self.warmup_steps if self.warmup_steps is not None else math.ceil(self.warmup_ratio * num_steps)
         )
+
+
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo"]
+_BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0}
+_MARGIN = 1.0
+
+
+class ObjectiveSettings(BaseModel):
+    """What is learnt from a row; section ``objective`` of a run file. The losses stand in preference.py."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ObjectiveName = Field(
+        default="sft",
+        description="sft: answers; dpo, ipo, orpo, simpo: pairs of a chosen and a rejected answer",
+    )
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        description="how strongly the base is held on to (dpo, ipo; 0.1), the weight of the odds ratio (orpo; 0.1), or "
+        "the scale of rewards (simpo; 2)",
+    )
+    margin: float | None = Field(
+        default=None, ge=0, description="reward by which a chosen answer should lead (simpo; 1)"
+    )
+
+    @model_validator(mode="after")
+    def _owns_its_settings(self) -> "ObjectiveSettings":
+        if self.beta is not None and self.name == "sft":
+            raise ValueError("beta is no setting of sft; it belongs to dpo, ipo, orpo and simpo")
+        if self.margin is not None and self.name != "simpo":
+            raise ValueError(f"margin is no setting of {self.name}; it belongs to simpo")
+        return self
+
+    @property
+    def kind(self) -> RowKind:
+        """What a row of its data is."""
+        return "answers" if self.name == "sft" else "pairs"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.name in ("dpo", "ipo")
+
+    @property
+    def scale(self) -> float:
+        return self.beta if self.beta is not None else _BETA[self.name]
+
+    @property
+    def target_margin(self) -> float:
+        return self.margin if self.margin is not None else _MARGIN
+
+    @property
+    def rate_multiple(self) -> float:
+        """The learning rate beside that of answers: as TRL's defaults stand to each other, 1e-6 to 2e-5."""
+        return 1.0 if self.name == "sft" else 0.05
 
 
 class OutputSettings(BaseModel):
