@@ -83,7 +83,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     @property
     def is_rejected(self) -> np.ndarray:
-        """bool [N], the second of a pair, or judged bad."""
+        """bool [N], the second of a pair."""
         return self._table.rejected
 
     def where(self, i: int) -> str:

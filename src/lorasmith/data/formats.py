@@ -5,11 +5,10 @@
     messages           {"messages": [{"role": "user", "content": "..."}, ...]}
     sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}
 
-A pair of answers to one question (kind "pairs"), and an answer with a verdict (kind "judged"):
+A pair of answers to one question (kind "pairs"):
 
     preference         {"prompt": "...", "chosen": "...", "rejected": "..."}          or messages in any of the three;
                        the question also as instruction (input), messages or conversations, or inside chosen
-    judged             {"prompt": "...", "completion": "...", "label": true}          or any of the first four, labelled
 
 Extra keys are ignored. A row that cannot be used raises :class:`RowProblem`, which says whether it is
 skipped (nothing to learn from) or an error (somebody has to look).
@@ -68,8 +67,6 @@ class Format:
         messages = self.read(fields)
         if self.kind == "answers":
             return (Example(messages, where),)
-        if self.kind == "judged":
-            return (Example(messages, where, is_rejected=not _verdict(fields)),)
         rejected = _checked(_side(fields, "rejected"))
         if rejected[:-1] != messages[:-1]:
             raise RowProblem(
@@ -149,32 +146,12 @@ def _question(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return (Message("user", _text(fields, "instruction", "instruction"), context),)
 
 
-def _judged(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    answers = [f for f in FORMATS.values() if f.kind == "answers"]
-    found = next((f for f in answers if all(key in fields for key in f.keys)), None)
-    if found is None:
-        known = "; ".join(", ".join(f.keys) for f in answers)
-        raise RowProblem(
-            "another schema", f"{describe_keys(fields)}; beside label it needs {known}", is_error=True
-        )
-    return found.to_messages(fields)
-
-
-def _verdict(fields: Mapping[str, Any]) -> bool:
-    label = fields["label"]
-    verdict = {"true": True, "false": False}.get(label.lower()) if isinstance(label, str) else label
-    if not isinstance(verdict, bool):
-        raise RowProblem("label is not true or false", f'"label" is {str(label)[:40]!r}', is_error=True)
-    return verdict
-
-
 FORMATS = {
     f.name: f
     for f in (  # the order is the precedence where a row has the keys of several
         Format(
             "preference", "preference rows", ("chosen", "rejected"), lambda f: _side(f, "chosen"), "pairs"
         ),
-        Format("judged", "judged answers", ("label",), _judged, "judged"),
         Format("messages", "OpenAI messages", ("messages",), _messages),
         Format("sharegpt", "ShareGPT conversations", ("conversations",), _sharegpt),
         Format("alpaca", "Alpaca rows", ("instruction", "output"), _alpaca),
@@ -197,15 +174,10 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
             "These are preference rows (chosen, rejected). Training on answers needs rows with one answer; "
             "objective.name=dpo learns from pairs."
         )
-    if kind == "pairs" and (detect_format(fields) or detect_format(fields, "judged")):
+    if kind == "pairs" and detect_format(fields):
         return (
             f"{describe_keys(fields)}: a row with one answer. This objective needs preference rows (prompt, chosen, "
-            "rejected); objective.name=sft trains on answers, objective.name=kto on answers with a label."
-        )
-    if kind == "judged" and (detect_format(fields) or detect_format(fields, "pairs")):
-        return (
-            f"{describe_keys(fields)}: no label. objective.name=kto needs answers with a label (prompt, completion, "
-            "label: true or false); objective.name=sft trains on answers, objective.name=dpo on pairs."
+            "rejected); objective.name=sft trains on answers."
         )
 
     def likeness(f: Format) -> float:

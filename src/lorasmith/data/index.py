@@ -27,7 +27,7 @@ class RowTable:
     num_learnt: np.ndarray  # int32 [N], tokens; after the overlong policy
     file_numbers: np.ndarray  # int32 [N], into RowIndex.files
     lines: np.ndarray  # int64 [N]
-    rejected: np.ndarray  # bool [N], the second of a pair, or judged bad
+    rejected: np.ndarray  # bool [N], the second of a pair
 
     def select(self, rows: np.ndarray) -> "RowTable":
         """Return the table of ``rows``: indices, or one bool for each row."""

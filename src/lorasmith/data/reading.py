@@ -12,7 +12,7 @@ from lorasmith.data.shards import digest_messages
 from lorasmith.data.sources import DataFile, Source
 from lorasmith.errors import DataError
 
-_KINDS: dict[RowKind, str] = {"answers": "answers", "pairs": "pairs of answers", "judged": "judged answers"}
+_KINDS: dict[RowKind, str] = {"answers": "answers", "pairs": "pairs of answers"}
 _ROWS_TO_DETECT = 1000  # rows looked at until one is of a known format
 
 

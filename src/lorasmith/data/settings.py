@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "judged"]
-RowKind = Literal["answers", "pairs", "judged"]  # what a row teaches: see formats.py
+FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference"]
+RowKind = Literal["answers", "pairs"]  # what a row teaches: see formats.py
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]
