@@ -65,7 +65,7 @@ def build_data(
         except LorasmithError as error:
             return fault(error)
 
-    def keep(path: str | None) -> tuple[Any, str]:
+    def keep(path: str | None) -> tuple[Any, Any]:
         if path is None:
             return gr.skip(), gr.skip()
         try:

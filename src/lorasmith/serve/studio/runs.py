@@ -219,7 +219,8 @@ def show_work(places: Places, name: str) -> str:
     """Return what the run's report and merge are doing, or said last."""
     run_dir = places.run(name)
     parts = []
-    for kind, title in (("merge", "Merge"), ("report", "Report")):
+    titles: dict[jobs.Kind, str] = {"merge": "Merge", "report": "Report"}
+    for kind, title in titles.items():
         said = jobs.read_log(run_dir, kind)
         if said:
             state = "at work" if jobs.find(run_dir, kind) else "ended"
