@@ -14,8 +14,14 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import SettingsError
+from lorasmith.model.method_settings import DoraSettings, LoraSettings
+from lorasmith.model.settings import BaseSettings
 from lorasmith.training.distributed import divide
 from lorasmith.training.reporters import read_metrics
+from lorasmith.training.settings import OutputSettings
+from lorasmith.training.sharding import check_sharding
 
 from .team_member import train_as
 
@@ -145,6 +151,23 @@ def test_when_a_process_is_killed_the_others_say_so_and_fewer_can_go_on(processe
     assert_same_run(tmp_path / "run", steps, alone)
 
 
+def test_what_does_not_go_with_a_sharded_base_is_refused_all_at_once():
+    engine = EngineSettings(shard_base=True, compile=True)
+    output = OutputSettings(sample_questions=("Why?",))
+    check_sharding(EngineSettings(), DoraSettings(), BaseSettings(quantization="nf4"), output)
+    check_sharding(EngineSettings(shard_base=True), LoraSettings(), BaseSettings(), OutputSettings())
+    with pytest.raises(SettingsError) as refused:
+        check_sharding(engine, DoraSettings(), BaseSettings(quantization="nf4"), output)
+    for fault in (
+        "method.name is dora",
+        "base.quantization is nf4",
+        "run.sample_questions",
+        "engine.compile",
+    ):
+        assert f"  - {fault}" in str(refused.value)
+    assert "leave it out: a base that fits one GPU trains faster whole" in str(refused.value)
+
+
 def can_make_machines():
     """Whether this user may make a network namespace, and has ip(8)."""
     if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
@@ -176,7 +199,7 @@ def test_two_machines_lose_each_other_and_go_on_when_started_again(words, tmp_pa
     assert [said[-1] for said in mended] == ["end", "end"]
     steps = mended[0][:-1]
     assert steps == mended[1][:-1]
-    assert steps[0][0] == 4, "it goes on from the checkpoint of step 3"
+    assert steps[0][0] == 5, "it goes on from the checkpoint of step 4, the best so far"
     assert_same_run(tmp_path / "disk-0" / "run", [tuple(step) for step in steps], alone)
     assert not list(tmp_path.rglob("*.part"))
     assert not (tmp_path / "disk-1").exists(), "the run folder belongs to the first process"

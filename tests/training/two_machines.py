@@ -13,6 +13,8 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 
+import lorasmith.training.job  # noqa: F401 (imported once, and not in every machine)
+
 from .team_member import train_and_tell
 
 _CLONE_NEWNET = 0x40000000

@@ -223,7 +223,12 @@ def joined(device: str, lost_after_seconds: float) -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if uses_gpus else "gloo"
     team = Team(rank, count, local_rank, local_count, lost_after_seconds)
     with team._awaiting():
-        dist.init_process_group(backend, timeout=_PREPARATION)
+        store, _, _ = next(dist.rendezvous("env://", timeout=_PREPARATION))
+        # torchrun's store outlives its workers and still has the addresses of dead ones. Machines count their restarts
+        # apart, so only one alone can tell its starts from each other by that.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_count == count else "0"
+        store = dist.PrefixStore(f"start-{start}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PREPARATION)
     steps = dist.new_group(backend=backend, timeout=timedelta(seconds=lost_after_seconds))
     team = Team(rank, count, local_rank, local_count, lost_after_seconds, steps)
     try:
