@@ -59,8 +59,8 @@ def _first_failure(children: Sequence[subprocess.Popen]) -> int | None:
     """Wait until all have ended well, or one has not; return its number."""
     while True:
         codes = [child.poll() for child in children]
-        if failed := [rank for rank, code in enumerate(codes) if code]:
-            return min(failed, key=lambda rank: (codes[rank] > 0, rank))  # who was killed is why others fail
+        if failed := {rank: code for rank, code in enumerate(codes) if code}:
+            return min(failed, key=lambda rank: (failed[rank] > 0, rank))  # who was killed is why others fail
         if None not in codes:
             return None
         time.sleep(0.1)
