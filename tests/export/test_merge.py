@@ -87,6 +87,7 @@ def test_plain_transformers_opens_it_with_the_logits_of_base_plus_adapter(tmp_pa
     assert torch.allclose(merged, tuned, atol=1e-5)
     assert (tuned - base).abs().max() > 1
     assert (proof.num_same_answers, proof.num_same_prompts, proof.num_questions) == (4, 4, 4)
+    assert str(proof).startswith("4 of 4 greedy answers are the same (float32); logits part by at most ")
     assert proof.way == "shard by shard"
     assert json.loads((tmp_path / "merged" / "merge_proof.json").read_text())["faults"] == []
 

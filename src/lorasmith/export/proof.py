@@ -69,6 +69,13 @@ class MergeProof:
     def of_effect(self) -> float:
         return self.max_logit_difference / self.adapter_effect
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_same_answers} of {self.num_questions} greedy answers are the same ({self.dtype}); logits "
+            f"part by at most {self.max_logit_difference:.2g}: {self.of_range:.1e} of their range, "
+            f"{self.of_effect:.1e} of what the adapter changes"
+        )
+
     def faults(self) -> list[str]:
         """Return in words where the merged model parts from base + adapter by more than rounding explains."""
         t = self.tolerance
