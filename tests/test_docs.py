@@ -34,6 +34,7 @@ def test_the_notebook_runs_with_the_built_in_base(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("QUICKSTART_QUICK", "1")
+    monkeypatch.delenv("MPLBACKEND")  # the notebook shows its curve
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
