@@ -44,6 +44,6 @@ def test_the_notebook_runs_with_the_built_in_base(tmp_path, monkeypatch):
     shown = nbformat.writes(notebook)
     assert "200 rows" in shown
     assert "Receipt of" in shown
-    assert "MergeProof(" in shown
+    assert "1 of 1 greedy answers are the same" in shown
     assert "image/png" in shown  # the curve
     assert (tmp_path / "notebooks" / "merged" / "handbook" / "model.safetensors").is_file()
