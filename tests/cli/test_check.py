@@ -56,6 +56,18 @@ def test_good_rows_are_shown_and_the_code_is_0(check, tiny_base_folder):
         assert text in shown
 
 
+def test_pairs_are_shown_by_the_better_answer(check):
+    pair = {"prompt": "When is payday?", "chosen": "On the 1st.", "rejected": "Never."}
+    code, shown = check([pair, {**pair, "rejected": "On the 1st."}], pairs=True)
+    assert code == 0
+    assert "1 │ used" in shown
+    assert "「On the 1st.<|im_end|>」" in shown
+    assert "Packing, at 8 pairs a step:" in shown
+    assert shown.rstrip().endswith("objective.name=dpo")
+    with pytest.raises(DataError, match="lorasmith check --pairs looks at them"):
+        check([pair])
+
+
 def test_wrong_rows_are_all_listed_and_the_code_is_2(check):
     code, shown = check([GOOD[0], "{", '{"instruction": NaN}', {"messages": []}])
     assert code == 2

@@ -52,6 +52,12 @@ def command(
     model: Annotated[
         str, typer.Option(help="The base whose tokenizer counts: Hub id, folder or .gguf file.")
     ] = BUILT_IN,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs", help="Rows of two answers, the better one named: objective.name=dpo and others."
+        ),
+    ] = False,
     format: Annotated[FormatName, typer.Option(help="Row format; auto detects it for each file.")] = "auto",
     recipe: Annotated[
         str, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file.")
@@ -90,7 +96,8 @@ def command(
     prompt_settings = PromptSettings(recipe=recipe, system=system, learn=learn)
     prompt, reason = choose_recipe(prompt_settings, tokenizer)
     with _reading_progress(shows=not as_json) as progress:
-        dataset = examine_dataset(settings, prompt, tokenizer, progress=progress)
+        kind = "pairs" if pairs else "answers"
+        dataset = examine_dataset(settings, prompt, tokenizer, kind=kind, progress=progress)
     batch_size = TrainingSettings().batch_size
     gain = _predict_gain(dataset) if len(dataset) else None
     grouped = _gain_of_grouping(dataset, gain) if gain and not as_json else None
@@ -104,8 +111,9 @@ def command(
             _print_first_example(dataset, prompt, reason, tokenizer)
         _print_cuts(dataset.receipt, settings)
         if gain is not None:
-            _print_gain(gain, batch_size, grouped)
-        _print_verdict(dataset.receipt, _train_command(model, settings, prompt_settings))
+            _print_gain(gain, f"{batch_size} {'pairs' if pairs else 'examples'}", grouped)
+        train_command = _train_command(model, settings, prompt_settings)
+        _print_verdict(dataset.receipt, f"{train_command} objective.name=dpo" if pairs else train_command)
     if dataset.receipt.failed or not dataset.receipt.used:
         raise typer.Exit(EXIT_WRONG_ROWS)
 
@@ -255,10 +263,10 @@ def _gain_of_grouping(dataset: "TokenizedDataset", gain: "Gain") -> tuple[int, i
     return best if best[1] < _WORTH_GROUPING * gain.shared else None
 
 
-def _print_gain(gain: "Gain", batch_size: int, grouped: tuple[int, int] | None) -> None:
+def _print_gain(gain: "Gain", in_a_step: str, grouped: tuple[int, int] | None) -> None:
     about = "about " if gain.is_estimate else ""
     console.print(
-        f"Packing, at {batch_size} examples a step: an epoch computes {about}[bold]{gain.shared:,}[/] tokens "
+        f"Packing, at {in_a_step} a step: an epoch computes {about}[bold]{gain.shared:,}[/] tokens "
         f"instead of {gain.padded:,} with padding, {gain.padded / max(1, gain.shared):.1f} times fewer "
         f"({gain.packed:,} without sharing prefixes).\n"
     )

@@ -172,7 +172,7 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
     if kind == "answers" and "chosen" in fields and "rejected" in fields:
         return (
             "These are preference rows (chosen, rejected). Training on answers needs rows with one answer; "
-            "objective.name=dpo learns from pairs."
+            "objective.name=dpo learns from pairs, and lorasmith check --pairs looks at them."
         )
     if kind == "pairs" and detect_format(fields):
         return (
@@ -188,7 +188,10 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
     nearest = max(_formats_of(kind), key=lambda f: likeness(f) / len(f.keys))
     known = "; ".join(f"{f.title}: {', '.join(f.keys)}" for f in _formats_of(kind))
     keys = ", ".join(nearest.keys)
-    return f"{describe_keys(fields)}. The nearest format is {nearest.title} ({keys}). Known: {known}."
+    return (
+        f"{describe_keys(fields)}. The nearest format is {nearest.title} ({keys}). Known: {known}. Rename the keys; "
+        "--format names a format that should be assumed."
+    )
 
 
 def _formats_of(kind: RowKind) -> list[Format]:

@@ -104,8 +104,7 @@ def _choose_format(
     if first_row:
         raise DataError(
             f"{first_row.where}: the row is of no known format, nor is one after it. "
-            f"{explain_unknown(first_row.fields, kind)} Rename the keys; --format names a format that should be "
-            "assumed."
+            f"{explain_unknown(first_row.fields, kind)}"
         )
     if len(looked_at) >= _ROWS_TO_DETECT:
         faults = [item for item in looked_at if isinstance(item, RowFault)]

@@ -273,7 +273,7 @@ def prepare_job(
 
     base_key = f"{resolved.ref.fingerprint} {base.quantization} {found['dtype']}"
     learns = _make_objective(
-        objective, base_key, model, forward, method, dataset, validation, training, team, progress
+        objective, base_key, model, forward, method, dataset, validation, training, team, say, progress
     )
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     if settled is not None:
@@ -399,12 +399,15 @@ def _make_objective(
     validation: TokenizedDataset | None,
     training: TrainingSettings,
     team: Team,
+    say: Say,
     progress: Progress,
 ) -> Objective:
     """Return what the loop minimises, with the reference's log probabilities where it needs them."""
     if objective.name == "sft":
         return NEXT_TOKEN
     references = {}
+    if objective.needs_reference:
+        say("Reference: the base's log probabilities of both answers, computed once and kept in the cache")
     for name, examples in (("train", dataset), ("validation", validation)):
         if examples is not None and objective.needs_reference:
             references[name] = reference_log_probs(
