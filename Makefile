@@ -1,7 +1,8 @@
 # make demo | make test | make check | make clean
-# PYTHON: the interpreter to build the environment with.  VENV: where the environment stands.
+# PYTHON: the interpreter to build the environment with.  VENV: where the environment stands.  JOBS: tests at a time.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -18,8 +19,8 @@ demo: $(VENV)/.ready
 	@$(BIN)/lorasmith demo
 
 test: $(VENV)/.ready-dev
-	@echo "Running the tests (about ten minutes on two slow cores) ..."
-	@$(BIN)/python -m pytest
+	@echo "Running the tests, $(JOBS) at a time (about twenty minutes on two slow cores) ..."
+	@$(BIN)/python -m pytest -n $(JOBS)
 	@echo "All green. Next: make check, then commit."
 
 check: $(VENV)/.ready-dev
