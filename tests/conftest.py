@@ -7,9 +7,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)
 
 import hypothesis
 import pytest
+
+# rich keeps the width of COLUMNS for ever if it is set while a console is made; tests set it.
+import lorasmith.cli.console  # noqa: F401
 
 # Derandomized: a red test is red again when it is run again. Slow machines must not fail a test by their speed.
 hypothesis.settings.register_profile(

@@ -234,11 +234,17 @@ def test_errors_are_printed_without_a_traceback(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder, rows, tmp_path, number):
     words = train_words(tiny_base_folder, rows, "--name", "mine")
-    words = [word if word != "training.epochs=2" else "training.epochs=400" for word in words]
+    words = [word if word != "training.epochs=2" else "training.epochs=100" for word in words]
     command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", *words]
     metrics = tmp_path / "runs" / "mine" / "metrics.jsonl"
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A test run that was started with & hands down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
@@ -250,7 +256,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder,
     assert process.returncode == 3, output
     assert "Stopped and saved. Go on with: lorasmith train" in output
     done = metrics.read_text().count("\n")
-    assert 5 <= done < 1200
+    assert 5 <= done < 300
     resumed = subprocess.run(
         [*command[:3], *words, "training.save_every=1000", "run.resume=auto"],
         cwd=tmp_path,
@@ -262,7 +268,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder,
     assert resumed.returncode == 0, resumed.stderr
     assert f"Going on from step {done}" in resumed.stdout
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 1201))
+    assert steps == list(range(1, 301))
 
 
 def test_under_torchrun_no_more_processes_are_started(lorasmith, monkeypatch, tiny_base_folder, rows):
