@@ -113,3 +113,8 @@ class MissingExtraError(LorasmithError):
             f"{needed_for} needs the package {package}, which is not installed. "
             f"Install it with: pip install 'lorasmith[{extra}]'"
         )
+
+
+def first_line(fault: Exception) -> str:
+    """Return the first line of another library's error, or its type's name where it says nothing."""
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorasmith.errors import AdapterError
+from lorasmith.errors import AdapterError, first_line
 from lorasmith.files import whole_folder, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, PREFIX, WEIGHTS, check_finite, read_adapter_config
 from lorasmith.model.adapter_folder import named_base as named_base
@@ -103,7 +103,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
             re.error,
         ) as fault:
             raise AdapterError(
-                f"The adapter {folder} does not fit this base: {_first_line(fault)} "
+                f"The adapter {folder} does not fit this base: {first_line(fault)} "
                 "Load it on the base it was trained on."
             ) from fault
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -175,7 +175,3 @@ def _check_fits(model: "PreTrainedModel", weights: dict[str, torch.Tensor], fold
                 f"The adapter {folder} does not fit this base: {path} is {width} numbers wide here, and the "
                 f"adapter was made for {has}. Load it on the base it was trained on."
             )
-
-
-def _first_line(fault: Exception) -> str:
-    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

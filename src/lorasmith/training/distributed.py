@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lorasmith.errors import LostProcessError, SettingsError, TrainingError
+from lorasmith.errors import LostProcessError, SettingsError, TrainingError, first_line
 from lorasmith.packing.cost import PackCost
 from lorasmith.packing.trie import Pack
 
@@ -196,7 +196,7 @@ class Team:
             f"Process {self.rank} of {self.count} (numbered from 0) on {socket.gethostname()} has lost another: it has "
             f"ended, or has not answered for {self.lost_after_seconds:,.0f} s (run.lost_after_seconds). The last "
             "checkpoint is kept: start the run again, with as many processes as you like; "
-            f"torchrun --max-restarts does so by itself. ({_first_line(error)})"
+            f"torchrun --max-restarts does so by itself. ({first_line(error)})"
         )
 
 
@@ -289,7 +289,3 @@ def divide(costs: Sequence[int], count: int) -> list[list[int]]:
 def digest(value: Any) -> str:
     """Return the sha256 of a plain value, to compare it between processes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: RuntimeError) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
