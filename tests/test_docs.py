@@ -1,4 +1,4 @@
-"""The pages of Python and the notebook run as they stand."""
+"""The pages of Python and the notebook run as they stand, and the tests that a page names are there."""
 
 import os
 import re
@@ -26,6 +26,21 @@ def test_the_python_page_runs(tiny_base_folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "hanbook" in shown  # the page's own mistake, explained
     assert (tmp_path / "merged" / "handbook" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_test_that_a_page_names_is_there(page):
+    file = None
+    for path, name in re.findall(
+        r"`(tests/[\w/]+(?:\.py)?/?)?(?:::(\w+))?`", (ROOT / "docs" / page).read_text("utf-8")
+    ):
+        file = ROOT / path if path else file  # `::test_name` alone is of the file named before it
+        if path:
+            assert file.exists(), f"{path} is named in {page} and is not there"
+        if name:
+            assert f"def {name}(" in file.read_text("utf-8"), (
+                f"{name} is named in {page} and is not in {file.name}"
+            )
 
 
 @pytest.mark.slow
