@@ -8,41 +8,26 @@ llama.cpp rotates neighbouring rows of q and k where transformers rotates halves
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import (
-    GGML_QUANT_SIZES,
-    GGMLQuantizationType,
     GGUFWriter,
-    LlamaFileType,
     RopeScalingType,
     TokenType,
-    quantize,
 )
 from safetensors import safe_open
 
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.errors import ExportError
 from lorasmith.export.fold import plan_updates
+from lorasmith.export.quantise import QUANTS, byte_shape, check_quant, kind_of, pack
 from lorasmith.model.adapter import read_adapter_config
 from lorasmith.model.base import ResolvedBase, weight_files
-
-Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-
-# ggml's type of matrices, of the embedding and the output head, and the name of the whole. Vectors stay float32.
-# At 4 bits the embedding costs more quality than it saves room: llama.cpp's own tool spares it too.
-_F32, _F16, _BF16, _Q8_0, _Q4_0 = (GGMLQuantizationType[n] for n in ("F32", "F16", "BF16", "Q8_0", "Q4_0"))
-QUANTS: dict[str, tuple[GGMLQuantizationType, GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (_F32, _F32, LlamaFileType.ALL_F32),
-    "f16": (_F16, _F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (_BF16, _BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (_Q8_0, _Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (_Q4_0, _Q8_0, LlamaFileType.MOSTLY_Q4_0),
-}
 
 _PARTS = {
     "input_layernorm": "attn_norm",
@@ -63,17 +48,6 @@ _OUTER = {
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 
 
-def check_quant(quant: str) -> None:
-    """Raise ExportError for a quantisation that cannot be written here."""
-    if quant == "q4_k_m":
-        raise ExportError(
-            "q4_k_m cannot be written here: the gguf package has no quantiser for it. Export with --quant f16, "
-            "then run llama.cpp's own tool: llama-quantize FILE.gguf OUT.gguf q4_k_m. Or take q8_0 or q4_0."
-        )
-    if quant not in QUANTS:
-        raise ExportError(f"--quant is {quant}; it can be {', '.join(QUANTS)}.")
-
-
 def write_model(folder: Path, recipe: PromptRecipe, tokenizer, file: Path, *, quant: str, name: str) -> None:
     """Write the transformers folder of a Llama model as ``file``.
 
@@ -87,20 +61,20 @@ def write_model(folder: Path, recipe: PromptRecipe, tokenizer, file: Path, *, qu
     writer = GGUFWriter(file, "llama")
     try:
         writer.add_name(name)
-        writer.add_file_type(QUANTS[quant][2])
+        writer.add_file_type(QUANTS[quant].file_type)
         writer.add_quantization_version(2)
         _add_config(writer, config)
         _add_tokenizer(writer, tokenizer, recipe, config.vocab_size)
         for ggml_name, tensor in _tensors(folder, config):
-            kind = _kind_of(ggml_name, tensor, quant)
-            writer.add_tensor_info(
-                ggml_name, _byte_shape(tensor, kind), np.dtype(np.uint8), _num_bytes(tensor, kind), kind
-            )
+            kind = kind_of(ggml_name, tensor, quant, config.num_hidden_layers)
+            shape = byte_shape(tensor, kind)
+            writer.add_tensor_info(ggml_name, shape, np.dtype(np.uint8), math.prod(shape), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for ggml_name, tensor in _tensors(folder, config):
-            writer.write_tensor_data(_pack(tensor, _kind_of(ggml_name, tensor, quant)))
+            kind = kind_of(ggml_name, tensor, quant, config.num_hidden_layers)
+            writer.write_tensor_data(pack(tensor, kind))
     finally:
         writer.close()
 
@@ -302,25 +276,3 @@ def _rope_factors(config: Any) -> torch.Tensor:
     K = config.head_dim
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, K, 2, dtype=torch.float32) / K)
     return plain / scaled
-
-
-def _kind_of(name: str, tensor: torch.Tensor, quant: str) -> GGMLQuantizationType:
-    matrices, outer, _ = QUANTS[quant]
-    if tensor.dim() == 1:
-        return _F32
-    kind = outer if name in ("token_embd.weight", "output.weight") else matrices
-    return kind if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else _F16
-
-
-def _byte_shape(tensor: torch.Tensor, kind: GGMLQuantizationType) -> tuple[int, ...]:
-    values, size = GGML_QUANT_SIZES[kind]
-    return (*tensor.shape[:-1], tensor.shape[-1] // values * size)
-
-
-def _num_bytes(tensor: torch.Tensor, kind: GGMLQuantizationType) -> int:
-    return int(np.prod(_byte_shape(tensor, kind)))
-
-
-def _pack(tensor: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    values = tensor.float().contiguous().numpy()
-    return values if kind == _F32 else quantize(values, kind)

@@ -1,91 +1,30 @@
-"""Prove a .gguf file: real llama.cpp answers as the merged model does, and its weights cost so much perplexity.
+"""llama.cpp itself, from the xllamacpp wheel: it answers prompts, and packs the types that only it can pack.
 
-The only module that imports xllamacpp, which brings llama.cpp as a wheel.
+The only module that imports xllamacpp.
 """
 
+import ctypes
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from lorasmith.data.prompts import PromptRecipe
-from lorasmith.errors import MissingExtraError
-from lorasmith.export.proof import ANSWER_TOKENS, answer_greedily
-from lorasmith.model.base import ResolvedBase, load_base, resolve_base
-from lorasmith.model.device import DeviceChoice
-from lorasmith.model.memory import give_back_freed_memory
-from lorasmith.model.settings import BaseSettings
-
-NUM_QUESTIONS = 20
-# Least share of equal greedy answers. Four bits round so much that no share can be promised: it is only told.
-LEAST_AGREEING = {"f32": 1.0, "f16": 1.0, "bf16": 0.9, "q8_0": 0.9, "q4_0": 0.0}
+from lorasmith.errors import ExportError, MissingExtraError
+from lorasmith.export.proof import ANSWER_TOKENS
 
 
-@dataclass(frozen=True)
-class GgufProof:
-    """How the file's answers and perplexity compare with those of the merged model.
-
-    Answers are greedy, by llama.cpp. Perplexity is that of the questions and the merged model's answers, computed
-    in float32 by transformers from the file's dequantised weights.
-    """
-
-    quant: str
-    num_questions: int
-    num_same_answers: int
-    perplexity_merged: float
-    perplexity_gguf: float
-
-    @property
-    def is_faithful(self) -> bool:
-        return self.num_same_answers >= LEAST_AGREEING[self.quant] * self.num_questions
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def require_llama_cpp() -> None:
+def require_llama_cpp(needed_for: str) -> None:
     """Raise MissingExtraError unless llama.cpp is installed."""
-    _import()
-
-
-def prove(
-    merged: ResolvedBase,
-    file: Path,
-    prompts: Sequence[Sequence[int]],
-    recipe: PromptRecipe,
-    tokenizer,
-    quant: str,
-) -> GgufProof:
-    """Return how ``file`` compares with the merged model over ``prompts`` (token ids).
-
-    Raises:
-        MissingExtraError: xllamacpp is not installed. BaseModelError: transformers cannot read the file.
-    """
-    stops = recipe.stop_token_ids(tokenizer)
-    choice = DeviceChoice(torch.device("cpu"), torch.float32, "to compare")
-    model = load_base(merged, choice)
-    answers = [list(answer.tokens) for answer in answer_greedily(model, prompts, stops)]
-    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    expected = [tokenizer.decode([t for t in answer if t not in stops]) for answer in answers]
-    perplexity = _perplexity(model, texts)
-    del model
-    give_back_freed_memory()
-    read_back = load_base(resolve_base(BaseSettings(model=str(file))), choice)
-    perplexity_gguf = _perplexity(read_back, texts)
-    del read_back
-    give_back_freed_memory()
-    said = answer_with_llama_cpp(file, prompts)
-    same = sum(one.strip() == other.strip() for one, other in zip(expected, said, strict=True))
-    return GgufProof(quant, len(prompts), same, perplexity, perplexity_gguf)
+    _import(needed_for)
 
 
 def answer_with_llama_cpp(
     file: Path, prompts: Sequence[Sequence[int]], lora: Path | None = None
 ) -> list[str]:
     """Return llama.cpp's greedy answer to each prompt of token ids."""
-    xllamacpp = _import()
+    xllamacpp = _import("Asking llama.cpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx = max(map(len, prompts)) + ANSWER_TOKENS + 8
@@ -106,20 +45,37 @@ def answer_with_llama_cpp(
     return answers
 
 
-def _perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
-    losses = []
-    with torch.inference_mode():
-        for text in texts:
-            ids = torch.tensor([text])
-            losses.append(
-                torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-            )
-    return float(torch.cat(losses).mean().exp())
+def pack_with_llama_cpp(values: np.ndarray, kind: int, byte_shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 ``values`` [rows, D] packed as ggml's type ``kind``, by ggml_quantize_chunk of ggml.h.
+
+    Raises:
+        ExportError: the wheel does not export that function.
+    """
+    xllamacpp = _import("Packing k-quants")
+    try:
+        pack = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
+    except AttributeError as fault:
+        raise ExportError(
+            f"xllamacpp {xllamacpp.__version__} does not export llama.cpp's quantiser. Export with --quant f16, then "
+            "run llama.cpp's own tool: llama-quantize FILE.gguf OUT.gguf q4_k_m. Or take q8_0 or q4_0."
+        ) from fault
+    number = ctypes.c_int64
+    pack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, number, number, number, ctypes.c_void_p]
+    pack.restype = ctypes.c_size_t
+    values = np.ascontiguousarray(values, np.float32)
+    packed = np.empty(byte_shape, np.uint8)
+    start, importance = 0, None
+    written = pack(kind, values.ctypes.data, packed.ctypes.data, start, *values.shape, importance)
+    if written != packed.nbytes:
+        raise ExportError(
+            f"llama.cpp packed {values.shape} numbers into {written} bytes; {packed.nbytes} are expected."
+        )
+    return packed
 
 
-def _import() -> Any:
+def _import(needed_for: str) -> Any:
     try:
         import xllamacpp
     except ImportError as fault:
-        raise MissingExtraError("The proof by llama.cpp", "xllamacpp", "llama-cpp") from fault
+        raise MissingExtraError(needed_for, "xllamacpp", "llama-cpp") from fault
     return xllamacpp

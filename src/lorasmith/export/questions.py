@@ -1,8 +1,9 @@
 """Questions to prove a merge with: those of the run's own data first, general ones where it is gone."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lorasmith.data.example import Message
 from lorasmith.data.formats import RowProblem, detect_format
@@ -11,6 +12,7 @@ from lorasmith.errors import DataError
 from lorasmith.model.run_record import RunRecord
 
 Question = tuple[Message, ...]
+T = TypeVar("T")
 
 _LOOKED_AT = 2_000  # rows; a proof needs a dozen, and a data set may hold a million
 _QUESTION_KEYS = ("instruction", "question", "prompt")  # of rows that have no answer
@@ -73,9 +75,13 @@ def held_out_questions(record: RunRecord | None, count: int) -> list[Question]:
                 found = list(itertools.islice(_questions_of(read_rows(source)), _LOOKED_AT))
             except DataError:  # the data has changed since; any question will do
                 found = []
-            step = max(1, len(found) // count)
-            questions = found[::step][:count]
+            questions = spread_evenly(found, count)
     return (questions + [(Message("user", text),) for text in GENERAL])[:count]
+
+
+def spread_evenly(questions: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` of ``questions``, the first and then each at the same distance."""
+    return list(questions[:: max(1, len(questions) // count)][:count])
 
 
 def _questions_of(rows: Iterable[object]) -> Iterator[Question]:

@@ -11,7 +11,7 @@ import struct
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 
 from lorasmith.errors import BaseModelError
 from lorasmith.model.quiet import quiet_loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Value types of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -262,23 +265,45 @@ def _smollm_tokenizer(metadata: dict[str, Any]):
 
 
 def _convert_with_transformers(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
+
+    model = read_with_transformers(file)
+    with quiet_loading(), redirect_stderr(io.StringIO()):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except _FAULTS_OF_TRANSFORMERS as fault:
+            raise _unreadable(file, fault) from fault
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def read_with_transformers(file: Path) -> "PreTrainedModel":
+    """Return the model in ``file``, dequantised to float32 by transformers' own reader.
+
+    Raises:
+        BaseModelError: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     # Its conversion bar goes past transformers' own switch, straight to stderr.
     with quiet_loading(), redirect_stderr(io.StringIO()):
         try:
             # Without dequantize=True the weights stay packed: slow, and impossible to save.
-            model = AutoModelForCausalLM.from_pretrained(
+            return AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (OSError, ValueError, KeyError, NotImplementedError) as fault:
-            raise BaseModelError(
-                f"{file} cannot be read by transformers: {fault} "
-                "Use the model's safetensors folder or Hub id instead of the .gguf file."
-            ) from fault
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+            ).eval()
+        except _FAULTS_OF_TRANSFORMERS as fault:
+            raise _unreadable(file, fault) from fault
+
+
+_FAULTS_OF_TRANSFORMERS = (OSError, ValueError, KeyError, NotImplementedError)
+
+
+def _unreadable(file: Path, fault: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"{file} cannot be read by transformers: {fault} "
+        "Use the model's safetensors folder or Hub id instead of the .gguf file."
+    )
