@@ -1,7 +1,8 @@
 """A small Hub for tests: enough of its HTTP API for the real huggingface_hub client to push and pull.
 
 One token may write (to owner "anna"), one may read. What arrives by LFS is refused unless its sha256 is the one
-announced. ``breaks`` counts down connections to cut in the middle of an upload.
+announced. ``breaks`` counts down connections to cut in the middle of an upload; ``conflict`` is the status of every
+commit (409, 412), and ``is_made_meanwhile`` says that a repository appears between the question for it and its making.
 """
 
 import base64
@@ -34,7 +35,8 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.seen: list[str] = []
         self.breaks = 0
-        self.moves_on = False
+        self.conflict: int | None = None
+        self.is_made_meanwhile = False
         hub = self
 
         class Bound(_Handler):
@@ -144,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._may_write(token, owner):
             id = f"{owner}/{asked['name']}"
             key = f"{asked.get('type') or 'model'}s/{id}"
+            if self.hub.is_made_meanwhile:
+                self.hub.repositories[key] = Repository(True)
             if key in self.hub.repositories:
                 self._say(409, {"error": "You already created this repo", "url": f"{self.hub.url}/{id}"})
                 return
@@ -215,8 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         lines = [json.loads(line) for line in body.splitlines()]
         header = lines[0]["value"]
-        if self.hub.moves_on or header.get("parentCommit") not in (None, repository.commits[-1]):
-            self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
+        is_stale = header.get("parentCommit") not in (None, repository.commits[-1])
+        if status := self.hub.conflict or (412 if is_stale else None):
+            self._refuse(status, "", "A commit has happened since. Please refresh and try again.")
             return
         for line in lines[1:]:
             value = line["value"]

@@ -66,6 +66,17 @@ def test_for_a_gpu_it_is_computed_from_the_config_alone(lorasmith, words, tmp_pa
     assert result.exit_code == 0, result.output
     for text in ("T4", "2 x A10G", "15.00 GiB", "computed, not measured", "CUDA context (assumed)"):
         assert text in result.output, text
+    assert "On T4, 2 x A10G the operations of a step are so small" in " ".join(result.output.split())
+
+
+def test_products_that_take_longer_than_their_starts_are_given_as_a_span(lorasmith, words, monkeypatch):
+    from lorasmith.model import gpus
+
+    monkeypatch.setitem(gpus.GPUS, "Slow", gpus.Gpu("Slow", 16, 1e-4, 1e-4))
+    report = json.loads(lorasmith("estimate", *words, "--gpu", "slow", "--json").output)
+    (slow,) = report["estimates"]
+    assert slow["seconds"][1] == pytest.approx(2 * slow["seconds"][0])
+    assert not slow["is_bound_by_starts"]
 
 
 @pytest.mark.parametrize(

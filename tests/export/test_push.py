@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hub import OWNER, READS, WRITES, FakeHub, Repository
 from lorasmith.cli.main import main
-from lorasmith.errors import AdapterError, HubError
+from lorasmith.errors import AdapterError, HubError, RunError
 from lorasmith.export.merge import merge
 from lorasmith.export.push import prepare, refuse_findings, send
 from lorasmith.files import write_checksums
@@ -219,11 +219,30 @@ def test_a_second_push_replaces_the_first_and_what_it_leaves_out(hub, run, merge
     assert len(hub.repositories[f"models/{PLACE}"].messages) == 2
 
 
-def test_somebody_elses_commit_in_between_is_not_overwritten(hub, run):
+@pytest.mark.parametrize("status", [409, 412])
+def test_somebody_elses_commit_in_between_is_not_overwritten(hub, run, status):
     push(run)
-    hub.moves_on = True
-    with pytest.raises(HubError, match="Something else changed anna/faq"):
+    before = dict(hub.repositories[f"models/{PLACE}"].files)
+    hub.conflict = status
+    with pytest.raises(
+        HubError, match=r"Something else changed anna/faq.* The Hub says: A commit has happened"
+    ):
         push(run, license="mit")
+    assert hub.repositories[f"models/{PLACE}"].files == before
+
+
+def test_a_repository_made_by_somebody_else_in_between_is_not_written_to(hub, run):
+    hub.is_made_meanwhile = True
+    with pytest.raises(HubError, match=r"Something else changed anna/faq.* You already created this repo"):
+        push(run)
+    assert not hub.repositories[f"models/{PLACE}"].files
+
+
+def test_a_data_set_of_the_same_name_is_another_repository(hub, run):
+    hub.repositories[f"datasets/{PLACE}"] = Repository(False, {"rows.csv": (b"x", False)})
+    push(run)
+    assert "run.json" in hub.repositories[f"models/{PLACE}"].files
+    assert hub.repositories[f"datasets/{PLACE}"].files.keys() == {"rows.csv"}
 
 
 def test_a_broken_connection_is_tried_again_and_sends_only_what_is_missing(hub, run):
@@ -275,10 +294,19 @@ def test_a_private_adapter_needs_a_login_and_a_copy_needs_no_hub(hub, run, monke
 def test_what_reads_as_a_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reads_as_hub_id("anna/faq")
-    (tmp_path / "runs").mkdir()
-    assert not reads_as_hub_id("runs/faq")
+    assert not reads_as_hub_id("runs/faq")  # a run, named in the wrong folder
+    (tmp_path / "here").mkdir()
+    assert not reads_as_hub_id("here/faq")
     for text in ("faq", "../faq", "/anna/faq", "a/b/c", "anna/faq..x/"):
         assert not reads_as_hub_id(text)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "runs/nowhere", "../nowhere"])
+def test_what_is_no_name_of_the_hub_is_not_looked_for_there(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=f"{name} is not there. A run folder holds run.json"):
+        find_model(name)
+    assert not hub.seen
 
 
 def test_the_command_lists_what_it_sends_and_a_dry_run_sends_nothing(hub, run, capsys):

@@ -276,7 +276,7 @@ def test_open_chat_takes_a_plain_base(tiny_base_folder):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    with pytest.raises(BaseModelError):
+    with pytest.raises(RunError, match="nothing-here is not there"):
         open_chat(tmp_path / "nothing-here")
     with pytest.raises(RunError):
         Chat.from_run(tmp_path)

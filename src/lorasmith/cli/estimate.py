@@ -126,6 +126,7 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
 
 def _print_estimates(estimates: list["Estimate"]) -> None:
     from lorasmith.model.memory import in_gib
+    from lorasmith.training.estimate import SECONDS_TO_START_AN_OPERATION
 
     first = estimates[0]
     table = Table("", *(estimate.place for estimate in estimates), box=None, pad_edge=False)
@@ -142,6 +143,12 @@ def _print_estimates(estimates: list["Estimate"]) -> None:
     table.add_row("a step", *(_span(e, 1 / e.num_steps) for e in estimates))
     table.add_row(f"all {first.num_steps:,} steps", *(_span(e, 1.0) for e in estimates))
     console.print(table)
+    if small := [estimate.place for estimate in estimates if estimate.is_bound_by_starts]:
+        console.print(
+            f"On {', '.join(small)} the operations of a step are so small that starting them takes longer than "
+            f"computing them: {SECONDS_TO_START_AN_OPERATION * 1e6:.0f} µs each, on any GPU alike. A faster one would "
+            "be no faster here."
+        )
     console.print(f"Tokens of the run: {first.num_tokens:,}, shared prefixes counted once. {_basis(first)}")
 
 
@@ -150,7 +157,8 @@ def _basis(estimate: "Estimate") -> str:
         return f"Peak and time: {estimate.how}. Validation and saving come on top."
     return (
         "All of it is computed, not measured: memory by a rehearsal without weights, plus 15% for the allocator and "
-        "0.8 GiB for CUDA; time at 25% to 50% of the GPU's peak rate, without validation and saving."
+        "0.8 GiB for CUDA; time at 25% to 50% of the GPU's peak rate, and 8 µs for each operation at least, without "
+        "validation and saving."
     )
 
 

@@ -206,6 +206,11 @@ def _print_quotes(quotes: Sequence[Quote]) -> None:
             "[bold]" + " to ".join(dict.fromkeys(f"${cost:.2f}" for cost in quote.cost)) + "[/]",
         )
     console.print(table)
+    if any(least == most for least, most in (quote.seconds for quote in quotes)):
+        console.print(
+            "One time where others have two: the operations of a step are so small that starting them takes the time, "
+            "on any GPU alike."
+        )
     console.print(
         "Prices: SkyPilot's catalog. Times: computed, not measured (lorasmith estimate), and "
         f"{SECONDS_AROUND // 60} minutes for booting, installing and clearing up. Not in it: the bucket, traffic, "

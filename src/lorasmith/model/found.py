@@ -232,6 +232,10 @@ def _refuse_mistyped_run(folder: Path) -> None:
         near = difflib.get_close_matches(folder.name, runs_beside, n=1)
         hint = f"Did you mean {folder.parent / near[0]}?" if near else f"There are: {', '.join(runs_beside)}."
         raise RunError(f"There is no run {folder.name} in {folder.parent}. {hint}")
+    if str(folder) != BUILT_IN and folder.suffix != ".gguf" and not reads_as_hub_id(folder.as_posix()):
+        raise RunError(
+            f"{folder} is not there. A run folder holds run.json and adapter/; a model of the Hub is named owner/name."
+        )
 
 
 def _settle_recipe(

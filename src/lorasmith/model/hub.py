@@ -18,8 +18,10 @@ _WANTED = [CONFIG, WEIGHTS, CHECKSUMS, "run.json", "tokenizer*", "special_tokens
 
 
 def reads_as_hub_id(source: str) -> bool:
-    """Say whether ``source`` is owner/name and no place on this machine."""
-    return "/" in source and bool(HUB_ID.fullmatch(source)) and not Path(source).parent.exists()
+    """Say whether ``source`` is owner/name and no place on this machine; runs/name is a run in the wrong folder."""
+    owner, slash, _ = source.partition("/")
+    is_id = bool(slash) and bool(HUB_ID.fullmatch(source))
+    return is_id and owner != "runs" and not Path(source).parent.exists()
 
 
 def pull_adapter(id: str, tell: Callable[[str], None]) -> Path | None:

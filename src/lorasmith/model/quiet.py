@@ -12,11 +12,13 @@ def quiet_loading() -> Iterator[None]:
     Errors still raise; the libraries' settings are put back on leaving. Not for use from several threads.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     verbosity, showed_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_showed_bars = not are_progress_bars_disabled()
+    hub_showed_bars, hub_verbosity = not are_progress_bars_disabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it tells of each attempt without a network
     logging.disable_progress_bar()  # disables the Hub's bars as well
     disable_progress_bars()
     try:
@@ -37,6 +39,7 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if showed_bars:
             logging.enable_progress_bar()
         if hub_showed_bars:

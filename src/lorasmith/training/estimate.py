@@ -23,13 +23,17 @@ from lorasmith.training.settings import TrainingSettings
 
 _CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspace
 _SHARE_OF_PEAK_RATE = (0.25, 0.5)  # assumed: what a step reaches of a GPU's peak rate, small and large models
-_SECONDS_TO_START_AN_OPERATION = 8e-6  # assumed: eager PyTorch's own work for a kernel, however small
+SECONDS_TO_START_AN_OPERATION = 8e-6  # assumed: eager PyTorch's own work for a kernel, however small
 _BYTES_OF_A_TOKEN_ON_DISK = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run takes in one place. ``how`` says whether it is measured or computed."""
+    """What a run takes in one place. ``how`` says whether it is measured or computed.
+
+    ``is_bound_by_starts``: a GPU computes its small operations faster than they can be started, so a faster one
+    would be no faster.
+    """
 
     place: str
     how: str
@@ -39,6 +43,7 @@ class Estimate:
     num_steps: int
     num_tokens: int  # that the run computes
     seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
+    is_bound_by_starts: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -59,6 +64,7 @@ class Estimate:
             "num_tokens": self.num_tokens,
             "seconds_per_step": self.seconds and [s / self.num_steps for s in self.seconds],
             "seconds": self.seconds and list(self.seconds),
+            "is_bound_by_starts": self.is_bound_by_starts,
         }
 
 
@@ -115,15 +121,15 @@ def estimate_on(
     )
     num_tokens = tokens_to_compute(gain, num_rows(dataset), training, rehearsal.forward)
     num_steps = training.num_steps(num_rows(dataset))
-    seconds = None
+    seconds, is_bound_by_starts = None, False
     if fit is not None:
         products = num_tokens / count * pack.flops / fit.largest_pack_tokens
         num_packs = max(num_steps, num_tokens / count / fit.largest_pack_tokens)
-        starts = num_packs * pack.num_operations * _SECONDS_TO_START_AN_OPERATION
+        starts = num_packs * pack.num_operations * SECONDS_TO_START_AN_OPERATION
         least, most = (
             max(starts, products / (gpu.peak_flops(dtype) * share)) for share in reversed(_SHARE_OF_PEAK_RATE)
         )
-        seconds = (least, most)
+        seconds, is_bound_by_starts = (least, most), most == starts
     return Estimate(
         place=gpu.name if count == 1 else f"{count} x {gpu.name}",
         how="computed, not measured",
@@ -138,6 +144,7 @@ def estimate_on(
         num_steps=num_steps,
         num_tokens=num_tokens,
         seconds=seconds,
+        is_bound_by_starts=is_bound_by_starts,
     )
 
 
