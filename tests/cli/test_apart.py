@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import sys
 
 import pytest
 
@@ -18,7 +19,7 @@ def start(tmp_path, monkeypatch):
         program = tmp_path / "program"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(apart.sys, "executable", str(program))
+        monkeypatch.setattr(sys, "executable", str(program))
         monkeypatch.setattr(apart, "_SECONDS_BETWEEN_LOOKS", 0.02)
         return apart.train_apart(tmp_path / "run.yaml", tmp_path / "run", tmp_path / "run.log", watch)
 

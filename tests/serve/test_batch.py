@@ -12,6 +12,7 @@ from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.serve.batch import Batch, Row
 from lorasmith.serve.models import open_models
+from lorasmith.serve.slots import SlotCache
 
 QUESTIONS = (
     "When is payday?",
@@ -119,3 +120,13 @@ def test_other_models_answer_as_transformers_generate(family, tiny_tokenizer):
         ids = torch.tensor([row.prompt_ids])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
         assert row.writer.token_ids == whole[0, len(row.prompt_ids) :].tolist()
+
+
+def test_slots_grow_for_those_who_will_come_and_not_beyond():
+    cache = SlotCache(2, max_slots=6, max_tokens=3000)
+    sizes = []
+    for num_rows, num_columns in ((1, 20), (2, 20), (3, 20), (5, 20), (6, 20), (4, 600), (5, 255)):
+        cache.make_room(num_rows, num_columns)
+        sizes.append((cache.num_slots, cache.num_columns))
+    # Longer rows than all slots have memory for: fewer slots, and the columns stay.
+    assert sizes == [(2, 256), (2, 256), (6, 256), (6, 256), (6, 256), (4, 768), (5, 256)]

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.cli.run_file import ENVIRONMENT_PREFIX
+from lorasmith.command import find_error, read_end, start_command
 from lorasmith.errors import TrainingError
 
 Metrics = dict[str, Any]  # a line of metrics.jsonl
@@ -30,27 +30,23 @@ def train_apart(run_file: Path, run_dir: Path, log: Path, watch: Watch) -> bool:
     Raises:
         TrainingError: the training failed; with its own words.
     """
-    command = [sys.executable, "-m", "lorasmith.cli.main", "train", str(run_file)]
     # What the environment sets of a run file is in this one, and would otherwise overrule it.
     environment = {
         name: value
         for name, value in os.environ.items()
         if not (name.startswith(ENVIRONMENT_PREFIX) and "__" in name)
     }
-    with log.open("wb") as said:
-        process = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            with _signals_go_to(process):
-                while process.poll() is None:
-                    if watch(read_newest(run_dir / "metrics.jsonl")):
-                        return False
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    process = start_command(["train", str(run_file)], log, environment=environment)
+    try:
+        with _signals_go_to(process):
+            while process.poll() is None:
+                if watch(read_newest(run_dir / "metrics.jsonl")):
+                    return False
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
     if process.returncode in _STOPPED:
         return False
     if process.returncode != 0:
@@ -87,15 +83,10 @@ def _signals_go_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _what_went_wrong(log: Path, code: int) -> str:
-    """Return the error that a command printed last, or its last line."""
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    starts = [place for place, line in enumerate(lines) if line.startswith("Error: ")]
-    if starts:
-        return " ".join(lines[starts[-1] :]).removeprefix("Error: ")
+    """Return the error that the training ended with, or what is known of its end."""
+    lines = read_end(log)
+    if error := find_error(lines):
+        return error
     if code == -signal.SIGKILL:
         return "The system ended it, most often for want of memory."
-    return lines[-1] if lines else f"It ended with exit code {code}."
+    return lines[-1].strip() if lines else f"It ended with exit code {code}."

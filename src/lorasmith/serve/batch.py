@@ -122,7 +122,7 @@ class Batch:
     ) -> None:
         self._model = model
         self._max_rows, self._cache_tokens, self._chunk_tokens = max_rows, cache_tokens, chunk_tokens
-        self._cache = SlotCache(count_layers(model), cache_tokens)
+        self._cache = SlotCache(count_layers(model), max_slots=max_rows, max_tokens=cache_tokens)
         self._masks = SlotMasks(model)
         self._understood = inspect.signature(model.forward).parameters
         self._adapters = AdaptedRows(model)

@@ -88,8 +88,8 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """The cache of a model whose rows come and go. Set ``place`` before each forward."""
 
-    def __init__(self, num_layers: int, max_tokens: int) -> None:
-        self._max_tokens = max_tokens  # of all slots together
+    def __init__(self, num_layers: int, *, max_slots: int, max_tokens: int) -> None:
+        self._max_slots, self._max_tokens = max_slots, max_tokens  # tokens: of all slots together
         self.num_slots = self.num_columns = 0
         self.place = Place(0, torch.zeros(0, 0, dtype=torch.long), 0)
         self._slots = [_SlotLayer(self) for _ in range(num_layers)]
@@ -105,7 +105,7 @@ class SlotCache(Cache):
         if slots * columns > self._max_tokens:  # many slots from before, or long ones: not both
             slots, columns = num_rows, num_columns
         elif num_rows > self.num_slots:  # more will come
-            slots = max(slots, min(2 * slots, self._max_tokens // columns))
+            slots = max(slots, min(2 * slots, self._max_slots, self._max_tokens // columns))
         self.num_slots, self.num_columns = slots, columns
         for layer in self._slots:
             layer.resize()

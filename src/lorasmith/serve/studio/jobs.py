@@ -9,8 +9,6 @@ A job outlives the page and the server: whoever reads the folder later finds it,
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,33 +16,23 @@ from typing import Literal
 
 import psutil
 
+from lorasmith.command import find_error, read_end, start_command
 from lorasmith.errors import RunError
 from lorasmith.files import write_whole
 
-Kind = Literal["train", "report", "merge"]
-
-_COMMAND = "from lorasmith.cli.main import main; main()"
-_LOG_BYTES = 8000
+Kind = Literal["train", "report", "merge", "export"]
 
 
 def start(run_dir: Path, kind: Kind, words: Sequence[str]) -> None:
-    """Start ``lorasmith WORDS`` as a process that outlives this one, its output appended to ``KIND.log``.
+    """Start ``lorasmith WORDS`` as a process that outlives this one; a training's log goes on, the others begin anew.
 
     Raises:
         RunError: the job is running already.
     """
     if find(run_dir, kind) is not None:
         raise RunError(f"{run_dir.name}: {kind} is running already. Wait for it, or stop it.")
-    command = [sys.executable, "-c", _COMMAND, *words]
-    with (run_dir / f"{kind}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C meant for the server does not reach it
-            env={**os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"},
-        )
+    environment = {**os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
+    process = start_command(words, run_dir / f"{kind}.log", appends=kind == "train", environment=environment)
     # While the server lives it is the parent, and must wait for the process or it stays as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()
     started = psutil.Process(process.pid).create_time()
@@ -81,10 +69,9 @@ def stop(run_dir: Path, kind: Kind) -> None:
 
 def read_log(run_dir: Path, kind: Kind, *, num_lines: int = 14) -> str:
     """Return the last lines of what the job said."""
-    try:
-        with (run_dir / f"{kind}.log").open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-            text = log.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.rstrip().splitlines()[-num_lines:])
+    return "\n".join(read_end(run_dir / f"{kind}.log")[-num_lines:])
+
+
+def has_failed(run_dir: Path, kind: Kind) -> bool:
+    """Whether the job's last words are an error."""
+    return find_error(read_end(run_dir / f"{kind}.log")) is not None

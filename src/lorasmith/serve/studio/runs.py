@@ -1,5 +1,6 @@
 """The tab Runs: what was trained, how it compares, and what is to be had of it."""
 
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from markupsafe import Markup
 from lorasmith.errors import AdapterError, LorasmithError, RunError
 from lorasmith.evaluation.charts import Line, draw_lines
 from lorasmith.evaluation.report import PAGE_FILE
+from lorasmith.export.gguf import QUANTS
+from lorasmith.export.write import EXPORTED_FILE
 from lorasmith.model.run_record import describe_run, list_runs, read_run_record
 from lorasmith.serve.service import Service
 from lorasmith.serve.studio import jobs
@@ -41,11 +44,26 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
         merge = gr.Button("Merge, with proof", elem_id="runs-merge")
         pack = gr.Button("Adapter as a zip", elem_id="runs-pack")
         download = gr.DownloadButton("Download", visible=False, elem_id="runs-download")
+    with gr.Row(elem_classes="buttons"):
+        quant = gr.Dropdown(
+            list(QUANTS),
+            value="f16",
+            label="Numbers of the export",
+            info="f16 is half the size of f32, q8_0 half of that; q4_0 is smallest and answers worse.",
+            elem_id="runs-quant",
+        )
+        proves = gr.Checkbox(
+            label="Ask llama.cpp too, and keep the export only if it answers alike", elem_id="runs-proves"
+        )
+        export = gr.Button("Export for llama.cpp and Ollama", elem_id="runs-export")
     said = gr.HTML(elem_id="runs-said")
+    exported = gr.File(
+        label="Exported", file_count="multiple", interactive=False, visible=False, elem_id="runs-exported"
+    )
     at_work = gr.HTML(elem_id="runs-work")
     page = gr.HTML(elem_id="runs-page")
     timer = gr.Timer(_LOOK_SECONDS)
-    seen_work, seen_page = gr.State(""), gr.State("")
+    seen_work, seen_page, seen_files = gr.State(""), gr.State(""), gr.State([])
 
     def overlay(names: list[str]) -> str:
         try:
@@ -63,6 +81,17 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
             *((gr.skip(), gr.skip()) if shown == page_before else (shown, shown)),
         )
 
+    def look_at_exported(name: str | None, before: list[str]) -> tuple[Any, Any]:
+        try:
+            files = list_exported(places, name) if name else []
+        except LorasmithError:  # told by look
+            files = []
+        seen = [f"{file} {file.stat().st_mtime_ns}" for file in files]
+        if seen == before:
+            return gr.skip(), gr.skip()
+        handed = hand_out(files, Path(exported.GRADIO_CACHE))
+        return gr.File([str(file) for file in handed], visible=bool(handed)), seen
+
     def act(what: Callable[[Places, str], str], name: str | None) -> str:
         try:
             return note(what(places, name or ""))
@@ -78,22 +107,32 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
         return shown, note(f"{file.name}: {file.stat().st_size / 1e6:,.1f} MB.")
 
     overlaid.change(overlay, overlaid, curves, api_visibility="private")
-    gr.on(
-        [timer.tick, run.change],
-        look,
-        [run, seen_work, seen_page],
-        [at_work, seen_work, page, seen_page],
-        show_progress="hidden",
-        trigger_mode="once",
-        concurrency_limit=None,
-        api_visibility="private",
-    )
+    for looks, seen, shown in (
+        (look, [seen_work, seen_page], [at_work, seen_work, page, seen_page]),
+        (look_at_exported, [seen_files], [exported, seen_files]),
+    ):
+        gr.on(
+            [timer.tick, run.change],
+            looks,
+            [run, *seen],
+            shown,
+            show_progress="hidden",
+            trigger_mode="once",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
     run.change(
         lambda: (gr.DownloadButton(visible=False), ""), None, [download, said], api_visibility="private"
     )
     serve.click(lambda name: act(partial(serve_run, service), name), run, said, api_visibility="private")
     report.click(lambda name: act(start_report, name), run, said, api_visibility="private")
     merge.click(lambda name: act(start_merge, name), run, said, api_visibility="private")
+    export.click(
+        lambda name, quant, proves: act(partial(start_export, quant=quant, proves=proves), name),
+        [run, quant, proves],
+        said,
+        api_visibility="private",
+    )
     pack.click(offer, run, [download, said], api_visibility="private")
 
     def refresh() -> tuple[Any, ...]:
@@ -184,6 +223,40 @@ def start_merge(places: Places, name: str) -> str:
     return f"Base and adapter are merged into {out}, and compared."
 
 
+def start_export(places: Places, name: str, *, quant: str, proves: bool) -> str:
+    """Start writing a finished run into ``exported/`` in its folder, as a .gguf with a Modelfile.
+
+    Returns what is to be said.
+    """
+    run_dir = _finished(places, name)
+    words = ["export", "--run", str(run_dir), "--to", "ollama", "--out", str(run_dir / "exported")]
+    words += ["--quant", quant, "--overwrite", *(["--prove"] if proves else [])]
+    jobs.start(run_dir, "export", words)
+    return f"{name} is merged, and written as {quant}. Its files appear below when they are whole."
+
+
+def list_exported(places: Places, name: str) -> list[Path]:
+    """Return the files of the run's export; [] while there is none."""
+    folder = places.run(name) / "exported"
+    return sorted(file for file in folder.glob("*") if file.name != EXPORTED_FILE)
+
+
+def hand_out(files: Sequence[Path], cache: Path) -> list[Path]:
+    """Return ``files`` as Gradio may hand them out: in its cache, without a copy where the disk is the same one."""
+    handed = []
+    for file in files:
+        folder = cache / "exported" / f"{file.stat().st_ino}-{file.stat().st_mtime_ns}"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / file.name
+        if not target.exists():
+            try:
+                os.link(file, target)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(file, target)
+        handed.append(target)
+    return handed
+
+
 def _finished(places: Places, name: str) -> Path:
     run_dir = places.run(name)
     if read_run_record(run_dir).result is None:
@@ -216,14 +289,15 @@ def pack_adapter(places: Places, name: str, folder: Path) -> Path:
 
 
 def show_work(places: Places, name: str) -> str:
-    """Return what the run's report and merge are doing, or said last."""
+    """Return what the run's merge, export and report are doing, or said last."""
     run_dir = places.run(name)
     parts = []
-    titles: dict[jobs.Kind, str] = {"merge": "Merge", "report": "Report"}
+    titles: dict[jobs.Kind, str] = {"merge": "Merge", "export": "Export", "report": "Report"}
     for kind, title in titles.items():
         said = jobs.read_log(run_dir, kind)
         if said:
-            state = "at work" if jobs.find(run_dir, kind) else "ended"
+            is_at_work = jobs.find(run_dir, kind) is not None
+            state = "at work" if is_at_work else "failed" if jobs.has_failed(run_dir, kind) else "done"
             parts.append(
                 Markup("<h3>{}: {}</h3>{}").format(title, state, log(said, label=f"{title}'s output"))
             )
