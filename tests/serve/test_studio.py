@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 import zipfile
+from typing import get_args
 
 import pytest
 
@@ -24,7 +25,14 @@ from lorasmith.serve.studio.page import mount_studio
 from lorasmith.serve.studio.pieces import table
 from lorasmith.serve.studio.places import Places
 from lorasmith.serve.studio.progress import list_names, read_progress
-from lorasmith.serve.studio.runs import draw_curves, pack_adapter, show_report
+from lorasmith.serve.studio.runs import (
+    draw_curves,
+    hand_out,
+    list_exported,
+    pack_adapter,
+    show_report,
+    show_work,
+)
 from serve.conftest import serving
 
 pytestmark = pytest.mark.filterwarnings(
@@ -47,8 +55,9 @@ def places(tmp_path, trained_run):
     places = Places(tmp_path / "runs", tmp_path / "uploads")
     yield places
     for name in list_names(places):  # a test that failed half way leaves nothing at work
-        if process := jobs.find(places.run(name), "train"):
-            process.kill()
+        for kind in get_args(jobs.Kind):
+            if process := jobs.find(places.run(name), kind):
+                process.kill()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../faq", "/etc", "faq/../../uploads", "link"])
@@ -179,6 +188,31 @@ def test_progress_comes_from_the_folder(places):
         draw_curves(places, ["faq"] * 7)
 
 
+def test_a_job_that_failed_says_so_and_why(places):
+    (places.run("faq") / "merge.log").write_text("Merging ...\nMerged model: here\n")
+    (places.run("faq") / "export.log").write_text("Error: no room on\nthe disk\n")
+    shown = show_work(places, "faq")
+    assert "Merge: done" in shown
+    assert "Export: failed" in shown
+    assert "no room on\nthe disk" in shown
+
+
+def test_exported_files_are_handed_out_without_a_copy(places, tmp_path):
+    assert list_exported(places, "faq") == []
+    folder = places.runs / "faq" / "exported"
+    folder.mkdir()
+    for name in ("faq-f16.gguf", "Modelfile", "lorasmith_export.json"):
+        (folder / name).write_text(name)
+    files = list_exported(places, "faq")
+    handed = hand_out(files, tmp_path / "cache")
+    assert [file.name for file in handed] == ["Modelfile", "faq-f16.gguf"]
+    assert all(file.samefile(other) for file, other in zip(files, handed, strict=True))
+    assert hand_out(files, tmp_path / "cache") == handed
+    (folder / "Modelfile").unlink()  # written anew by the next export: another file
+    (folder / "Modelfile").write_text("other")
+    assert hand_out(files[:1], tmp_path / "cache")[0].read_text() == "other"
+
+
 def test_the_report_is_framed_without_rights(places):
     assert "no report yet" in show_report(places, "faq")
     (places.runs / "faq" / "report.html").write_text('<p class="x">&amp;</p>')
@@ -289,8 +323,18 @@ def open_page(browser):
 
 
 def go_to(page, tab):
-    page.get_by_role("tab", name=tab).click()
+    page.get_by_role("tab", name=tab).press("Enter")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing is wider than the phone
+
+
+def choose(field, option):
+    """Choose from a list by keys alone."""
+    field.fill(option)
+    field.press("Enter")
+
+
+def press(page, button):
+    page.get_by_role("button", name=button, exact=True).press("Enter")
 
 
 def test_chat_and_data_by_clicks_and_keys(service, places, open_page, tmp_path):
@@ -327,7 +371,7 @@ def test_chat_and_data_by_clicks_and_keys(service, places, open_page, tmp_path):
         expect(outcome.locator("mark")).to_have_text(re.compile(r"It is 6\..*im_end"))
 
 
-def test_runs_by_clicks(service, places, open_page):
+def test_runs_by_keys(service, places, open_page):
     from playwright.sync_api import expect
 
     shutil.copytree(places.runs / "faq", places.runs / "second")
@@ -336,21 +380,29 @@ def test_runs_by_clicks(service, places, open_page):
         go_to(page, "Runs")
         expect(page.locator("#runs-table tbody tr")).to_have_count(2)
         for name in ("faq", "second"):
-            page.locator("#runs-curves").get_by_label(name).check()
+            page.locator("#runs-curves").get_by_label(name).press("Space")
         expect(page.locator("#runs-chart polyline")).to_have_count(2)
-        page.locator("#runs-run input").click()
-        page.get_by_role("option", name="second").click()
+        choose(page.locator("#runs-run input"), "second")
         expect(page.locator("#runs-page")).to_contain_text("second has no report yet")
-        page.get_by_role("button", name="Ask it in Chat").click()
+        press(page, "Ask it in Chat")
         expect(page.locator("#runs-said")).to_contain_text("second is served now")
         assert service.models.find("second") is not None
-        page.get_by_role("button", name="Adapter as a zip").click()
+        press(page, "Adapter as a zip")
         with page.expect_download() as download:
-            page.get_by_role("button", name="Download second-adapter.zip").click()
+            press(page, "Download second-adapter.zip")
         assert "second/run.json" in zipfile.ZipFile(download.value.path()).namelist()
-        page.get_by_role("button", name="Merge, with proof").click()
-        expect(page.locator("#runs-work")).to_contain_text("Merged model:", timeout=60_000)
+        press(page, "Merge, with proof")
+        page.get_by_role("button", name="Export for llama.cpp and Ollama").press("Enter")
+        choose(page.locator("#runs-quant input"), "f32")
+        press(page, "Export")
+        expect(page.locator("#runs-work")).to_contain_text("Merge: done", timeout=90_000)
         assert (places.runs / "second" / "merged" / "merge_proof.json").is_file()
+        expect(page.locator("#runs-work")).to_contain_text("Export: done", timeout=90_000)
+        offered = page.locator("#runs-exported tr")
+        expect(offered.filter(has_text="Modelfile")).to_have_count(1)
+        with page.expect_download() as download:
+            offered.filter(has_text="gguf").get_by_role("link").press("Enter")
+        assert download.value.path().read_bytes()[:4] == b"GGUF"
 
 
 def test_a_run_outlives_page_and_server(service, places, open_page, tiny_base_folder):
@@ -361,19 +413,17 @@ def test_a_run_outlives_page_and_server(service, places, open_page, tiny_base_fo
         page = open_page(url)
         go_to(page, "Train")
         page.get_by_label("Run name").fill("mine")
-        page.get_by_label("Data train").click()
-        page.get_by_role("option", name="sums.jsonl").click()
+        choose(page.get_by_label("Data train"), "sums.jsonl")
         page.get_by_label("Training epochs").fill("5000")
-        page.get_by_text("Every other setting").click()
-        page.get_by_role("button", name=re.compile(r"^\W*Method")).click()
+        page.get_by_role("button", name="Every other setting").press("Enter")
+        page.get_by_role("button", name=re.compile(r"^\W*Method")).press("Enter")
         expect(page.locator("#method-lora-r")).to_be_visible()
-        page.locator("#method-name input").click()
-        page.get_by_role("option", name="rslora").click()
+        choose(page.locator("#method-name input"), "rslora")
         expect(page.locator("#method-rslora-r")).to_be_visible()
         expect(page.locator("#method-lora-r")).not_to_be_visible()
         page.locator("#method-rslora-r input").fill("3")
         page.get_by_label("Run sample questions").fill("What is 3 plus 3?")
-        page.get_by_role("button", name="Start training").click()
+        press(page, "Start training")
         expect(page.locator("#train-said")).to_contain_text("mine is started")
         expect(page.locator("#train-view")).to_contain_text("of 15,000", timeout=90_000)
         expect(page.locator("#train-view")).to_contain_text("time left")
@@ -387,10 +437,10 @@ def test_a_run_outlives_page_and_server(service, places, open_page, tiny_base_fo
         page = open_page(url)
         go_to(page, "Train")
         expect(page.locator("#train-view")).to_contain_text("mine: Training")
-        page.get_by_role("button", name="Stop after this step").click()
+        press(page, "Stop after this step")
         expect(page.locator("#train-view")).to_contain_text("mine: Stopped", timeout=60_000)
         steps = read_progress(places, "mine").metrics[-1]["step"]
-        page.get_by_role("button", name="Go on").click()
+        press(page, "Go on")
         expect(page.locator("#train-said")).to_contain_text("mine goes on")
         resumed_by = time.monotonic() + 90
         while read_progress(places, "mine").metrics[-1]["step"] <= steps:

@@ -22,7 +22,10 @@ Talks = dict[str, list[Message]]  # by model
 def build_chat(service: Service) -> gr.CheckboxGroup:
     """Add the tab's contents to the page that is being built; return the choice of models, to be refreshed."""
     talks = gr.State({})
+    names = model_names(service)
     models = gr.CheckboxGroup(
+        names,
+        value=names[:2],
         label="Ask",
         info=f"The base and its adapters, at most {MAX_SIDE_BY_SIDE} at once.",
         elem_id="chat-models",

@@ -55,7 +55,7 @@ def make_input(name: str, field: FieldInfo, *, choices: Sequence[str] = (), info
         step = {"precision": 0} if kinds == {int} else {"step": 0.1}
         return gr.Number(field.default, **bounds, **step, **about)
     shown = "" if field.is_required() or field.default is None else _shown(field.default)
-    return gr.Textbox(shown, placeholder="none", lines=1, **about)
+    return gr.Textbox(shown, placeholder="" if info else "none", lines=1, **about)
 
 
 def make_choice(name: str, field: FieldInfo, *, info: str) -> gr.Dropdown:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse, RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.routing import Mount
@@ -79,6 +79,10 @@ def _mount(app: FastAPI, blocks: gr.Blocks, keys: Keys | None) -> None:
     def lead_to_studio() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/")
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    def have_no_icon() -> Response:  # browsers ask for one whatever the page says
+        return Response(status_code=204)
+
     gr.mount_gradio_app(
         app,
         blocks,
@@ -94,7 +98,6 @@ def _mount(app: FastAPI, blocks: gr.Blocks, keys: Keys | None) -> None:
         mcp_server=False,
         enable_monitoring=False,
         theme=_theme(),
-        head='<link rel="icon" href="data:,">',  # or browsers ask for /favicon.ico
         css_paths=Path(__file__).with_name("style.css"),
     )
     [studio] = [route.app for route in app.routes if isinstance(route, Mount) and route.path == PATH]

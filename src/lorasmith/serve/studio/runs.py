@@ -34,7 +34,10 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
     """Add the tab's contents to the page that is being built; return the parts that need refreshing, and how."""
     overview = gr.HTML(elem_id="runs-table")
     overlaid = gr.CheckboxGroup(
-        [], label="Curves", info=f"Training loss of up to {MAX_CURVES} runs, overlaid.", elem_id="runs-curves"
+        [],
+        label="Curves",
+        info=f"Training loss of up to {MAX_CURVES} runs: how far each was from the answers of its data.",
+        elem_id="runs-curves",
     )
     curves = gr.HTML(elem_id="runs-chart")
     run = gr.Dropdown([], label="Run", elem_id="runs-run")
@@ -44,22 +47,25 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
         merge = gr.Button("Merge, with proof", elem_id="runs-merge")
         pack = gr.Button("Adapter as a zip", elem_id="runs-pack")
         download = gr.DownloadButton("Download", visible=False, elem_id="runs-download")
-    with gr.Row(elem_classes="buttons"):
-        quant = gr.Dropdown(
-            list(QUANTS),
-            value="f16",
-            label="Numbers of the export",
-            info="f16 is half the size of f32, q8_0 half of that; q4_0 is smallest and answers worse.",
-            elem_id="runs-quant",
+    with gr.Accordion("Export for llama.cpp and Ollama", open=False):
+        with gr.Row(elem_classes="settings"):
+            quant = gr.Dropdown(
+                list(QUANTS),
+                value="f16",
+                label="Precision",
+                info="f16 is half the size of f32, q8_0 half of that, q4_0 the smallest and the coarsest.",
+                elem_id="runs-quant",
+            )
+            proves = gr.Checkbox(
+                label="Ask llama.cpp too",
+                info="The file is kept only if it answers as the merged model does.",
+                elem_id="runs-proves",
+            )
+        export = gr.Button("Export", elem_id="runs-export")
+        exported = gr.File(
+            label="Exported", file_count="multiple", interactive=False, visible=False, elem_id="runs-exported"
         )
-        proves = gr.Checkbox(
-            label="Ask llama.cpp too, and keep the export only if it answers alike", elem_id="runs-proves"
-        )
-        export = gr.Button("Export for llama.cpp and Ollama", elem_id="runs-export")
     said = gr.HTML(elem_id="runs-said")
-    exported = gr.File(
-        label="Exported", file_count="multiple", interactive=False, visible=False, elem_id="runs-exported"
-    )
     at_work = gr.HTML(elem_id="runs-work")
     page = gr.HTML(elem_id="runs-page")
     timer = gr.Timer(_LOOK_SECONDS)
@@ -310,5 +316,5 @@ def show_report(places: Places, name: str) -> str:
     if not file.is_file():
         return note(f"{name} has no report yet.")
     return Markup(
-        '<iframe class="report" title="Before and after: {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
+        '<iframe class="report" tabindex="0" title="Before and after: {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
     ).format(name, file.read_text(encoding="utf-8"))

@@ -58,7 +58,9 @@ def build_train(
     def add(names: Sequence[str]) -> None:
         for name in names:
             if name in _FILES:
-                inputs[name] = make_choice(name, fields[name], info="one of the uploaded files")
+                inputs[name] = make_choice(
+                    name, fields[name], info="one of the files that were dropped into the tab Data"
+                )
             else:
                 inputs[name] = make_input(
                     name, fields[name], choices=choices.get(name, ()), info=_INFO.get(name, "")
