@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lorasmith.errors import AdapterError, LorasmithError, RunError
 from lorasmith.evaluation.charts import Line, draw_lines
 from lorasmith.evaluation.report import PAGE_FILE
-from lorasmith.export.gguf import QUANTS
+from lorasmith.export.quantise import QUANTS
 from lorasmith.export.write import EXPORTED_FILE
 from lorasmith.model.run_record import describe_run, list_runs, read_run_record
 from lorasmith.serve.service import Service
@@ -53,7 +53,7 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
                 list(QUANTS),
                 value="f16",
                 label="Precision",
-                info="f16 is half the size of f32, q8_0 half of that, q4_0 the smallest and the coarsest.",
+                info="f16 is half the size of f32, q8_0 half of that; q4_0 and q4_k_m are smallest and coarsest.",
                 elem_id="runs-quant",
             )
             proves = gr.Checkbox(
