@@ -22,8 +22,10 @@ from lorasmith.data.settings import (
     LearntTurns,
     OverlongPolicy,
     PromptSettings,
+    RowKind,
 )
 from lorasmith.data.statistics import Distribution, describe
+from lorasmith.errors import SettingsError
 from lorasmith.model.settings import BUILT_IN, BaseSettings
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ _MOST_ROWS_TO_GROUP = 100_000  # counting takes 20 microseconds a row
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
 _BAR_WIDTH = 40
+_UNITS = {"answers": "examples", "pairs": "pairs", "documents": "pieces"}  # what a step counts
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -46,7 +49,8 @@ def command(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A .json, .jsonl, .csv or .parquet file, a folder, or a Hub data set id."
+            metavar="DATA",
+            help="A .json, .jsonl, .csv or .parquet file, with --text also .txt or .md; a folder, or a Hub data set id.",
         ),
     ],
     model: Annotated[
@@ -58,9 +62,12 @@ def command(
             "--pairs", help="Rows of two answers, the better one named: objective.name=dpo and others."
         ),
     ] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Plain texts, every token of which is learnt: objective.name=text.")
+    ] = False,
     format: Annotated[FormatName, typer.Option(help="Row format; auto detects it for each file.")] = "auto",
     recipe: Annotated[
-        str, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file.")
+        str, typer.Option(help="Prompt recipe: auto, alpaca, chat, text, or a .jinja file.")
     ] = "auto",
     system: Annotated[str | None, typer.Option(help="System prompt for rows that have none.")] = None,
     learn: Annotated[LearntTurns, typer.Option(help="Assistant turns that are learnt.")] = "all",
@@ -79,6 +86,9 @@ def command(
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.training.settings import TrainingSettings
 
+    if pairs and text:
+        raise SettingsError("--pairs and --text were given: rows are pairs of answers or plain texts. Give one.")
+    kind: RowKind = "pairs" if pairs else "documents" if text else "answers"
     settings = DataSettings(
         train=data,
         format=format,
@@ -94,9 +104,8 @@ def command(
     )
     tokenizer = load_tokenizer(base)
     prompt_settings = PromptSettings(recipe=recipe, system=system, learn=learn)
-    prompt, reason = choose_recipe(prompt_settings, tokenizer)
+    prompt, reason = choose_recipe(prompt_settings, tokenizer, kind)
     with _reading_progress(shows=not as_json) as progress:
-        kind = "pairs" if pairs else "answers"
         dataset = examine_dataset(settings, prompt, tokenizer, kind=kind, progress=progress)
     batch_size = TrainingSettings().batch_size
     gain = _predict_gain(dataset) if len(dataset) else None
@@ -109,11 +118,13 @@ def command(
         if gain is not None:
             _print_statistics(dataset)
             _print_first_example(dataset, prompt, reason, tokenizer)
-        _print_cuts(dataset.receipt, settings)
+        if not text:
+            _print_cuts(dataset.receipt, settings)
         if gain is not None:
-            _print_gain(gain, f"{batch_size} {'pairs' if pairs else 'examples'}", grouped)
+            _print_gain(gain, f"{batch_size} {_UNITS[kind]}", grouped)
         train_command = _train_command(model, settings, prompt_settings)
-        _print_verdict(dataset.receipt, f"{train_command} objective.name=dpo" if pairs else train_command)
+        objective = {"pairs": " objective.name=dpo", "documents": " objective.name=text"}.get(kind, "")
+        _print_verdict(dataset.receipt, train_command + objective)
     if dataset.receipt.failed or not dataset.receipt.used:
         raise typer.Exit(EXIT_WRONG_ROWS)
 
@@ -139,9 +150,10 @@ def _print_receipt(receipt: "Receipt") -> None:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("rows", justify="right")
     table.add_column("what became of them")
-    table.add_row(
-        f"{receipt.used:,}", "[green]used[/]" + (f", {receipt.truncated:,} cut" if receipt.truncated else "")
-    )
+    cut = f", {receipt.truncated:,} cut" if receipt.truncated else ""
+    if receipt.pieces:
+        cut = f", as {receipt.pieces:,} pieces; {receipt.divided:,} longer than max_seq_len, cut at ends of paragraphs"
+    table.add_row(f"{receipt.used:,}", f"[green]used[/]{cut}")
     for reason, count in receipt.skipped.items():
         table.add_row(
             f"{count:,}", f"[yellow]skipped[/]: {escape(reason)}{_first_wheres(receipt.skips, reason)}"
@@ -177,16 +189,19 @@ def _print_list(title: str, lines: list[str], limit: int) -> None:
 
 def _print_statistics(dataset: "TokenizedDataset") -> None:
     answer = dataset.num_learnt
-    prompt = dataset.lengths - answer
-    for name, values in (
-        ("Tokens of the prompt (not learnt)", prompt),
+    shown = (
+        ("Tokens of the prompt (not learnt)", dataset.lengths - answer),
         ("Tokens of the answer (learnt)", answer),
-    ):
+    )
+    if dataset.documents is not None:
+        shown = (("Tokens of a piece", dataset.lengths),)
+    for name, values in shown:
         console.print(_histogram(name, describe(values)))
         console.print()
     longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN]
     rows = [f"{dataset.where(i)} ({dataset.uncut_lengths[i]:,})" for i in longest.tolist()]
-    console.print(f"Longest rows, in tokens: {escape(', '.join(rows))}", soft_wrap=True)
+    if dataset.documents is None:
+        console.print(f"Longest rows, in tokens: {escape(', '.join(rows))}", soft_wrap=True)
     console.print(
         f"All together: {int(dataset.lengths.sum()):,} tokens, {int(answer.sum()):,} of them learnt.\n"
     )
@@ -218,7 +233,10 @@ def _print_first_example(dataset: "TokenizedDataset", prompt: "PromptRecipe", re
     how = "green" if has_colour else "in 「 」"
     example = dataset[0]
     title = f"What the model sees of {escape(example.where)}; what it learns is {how}"
-    console.print(f"Prompt recipe: [bold]{escape(prompt.name)}[/] ({escape(reason)}).", soft_wrap=True)
+    asked = " It is for asking only: texts are learnt without a template." if dataset.documents is not None else ""
+    console.print(
+        f"Prompt recipe: [bold]{escape(prompt.name)}[/] ({escape(reason)}).{asked}", soft_wrap=True
+    )
     console.print(Panel(preview(example, tokenizer, has_colour=has_colour), title=title, title_align="left"))
     console.print()
 

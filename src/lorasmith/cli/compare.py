@@ -193,7 +193,7 @@ def _is_there(candidate: Candidate, run_dir: Path) -> bool:
         return False
     data = candidate.run_file.data
     return (
-        open_source(data.train, split=data.split).fingerprint()
+        open_source(data.train, split=data.split, kind=candidate.run_file.objective.kind).fingerprint()
         == read_run_record(run_dir).data["fingerprint"]
     )
 

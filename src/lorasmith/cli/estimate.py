@@ -81,7 +81,7 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     """Return what the run takes on each ``NAME[:N]``, computed without weights, and the disk that it needs."""
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
-    from lorasmith.data.tokens import num_rows
+    from lorasmith.data.tokens import documents_of, num_rows
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.model.gpus import find_gpu
     from lorasmith.model.methods import check_method
@@ -95,9 +95,9 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     check_method(run_file.method, run_file.base)
     base = resolve_base(run_file.base, fetches_weights=False)
     tokenizer = load_tokenizer(base, trust_remote_code=trusts)
-    recipe, _ = choose_recipe(run_file.prompt, tokenizer)
+    recipe, _ = choose_recipe(run_file.prompt, tokenizer, run_file.objective.kind)
     every = prepare_dataset(run_file.data, recipe, tokenizer, kind=run_file.objective.kind)
-    kept, held_out = split_for_validation(num_rows(every), run_file.training)
+    kept, held_out = split_for_validation(num_rows(every), run_file.training, documents_of(every))
     dataset = every.rows(kept)
     training = run_file.training
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)

@@ -273,6 +273,7 @@ _NAMES = {
     "auto",
     "alpaca",
     "chat",
+    "text",
     "smollm2-135m",
 }  # mean what they say, whatever files of that name there are
 

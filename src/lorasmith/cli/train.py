@@ -204,7 +204,7 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
         raise RunError(f"{run_dir} is there already. Choose another run.name, or remove the folder.")
     from lorasmith.training.job import is_finished
 
-    if not is_finished(run_dir, run_file.model_dump(mode="json"), run_file.data):
+    if not is_finished(run_dir, run_file.model_dump(mode="json"), run_file.data, run_file.objective):
         return False
     console.print(
         "This run is finished already; nothing was trained. To train again, choose another name "
@@ -216,10 +216,11 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
 
 def _print_plan(job: "TrainingJob") -> None:
     """Say what will be done, and what packing saves."""
-    from lorasmith.data.tokens import examples_per_row, num_rows
+    from lorasmith.data.tokens import documents_of, examples_per_row, num_rows
 
     gain = job.gain
     rows = "pairs" if examples_per_row(job.dataset) == 2 else "examples"
+    rows = rows if documents_of(job.dataset) is None else "pieces"
     console.print(
         f"{num_rows(job.dataset):,} {rows}, {job.num_steps:,} steps of {job.training.batch_size} {rows}. "
         f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "

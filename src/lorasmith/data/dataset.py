@@ -7,6 +7,7 @@ numbers for each row. The second start finds the index, which is named by the sh
 settings, the recipe and the tokenizer, and reads no row. Tokens stay on the disk, mapped into memory.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -19,25 +20,28 @@ from typing import overload
 import numpy as np
 
 from lorasmith.data.cache import cache_dir
-from lorasmith.data.example import Message
+from lorasmith.data.example import Example, Message
 from lorasmith.data.index import RowIndex, RowTable, read_index, write_index
-from lorasmith.data.prompts import PromptRecipe, special_tokens
+from lorasmith.data.pieces import Borders, cut_document
+from lorasmith.data.prompts import TEXT, PromptRecipe, choose_recipe, special_tokens
 from lorasmith.data.readers import Position
 from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger, Receipt
-from lorasmith.data.settings import DataSettings, RowKind
+from lorasmith.data.settings import DataSettings, PromptSettings, RowKind
 from lorasmith.data.shards import open_shard_tokens, read_shard_rows, shard_key, unpack_tokens
 from lorasmith.data.sources import Source, open_source
 from lorasmith.data.tokens import TokenizedExample, label, tokenizer_json, truncate
 from lorasmith.data.workers import Job, ShardWriter, count_cores, write_shards_here, write_shards_in_workers
-from lorasmith.errors import DataError, OverlongError
+from lorasmith.errors import DataError, OverlongError, SettingsError
 
 SHARD_ROWS = 5_000
+SHARD_CHARS = 8 << 20  # a shard is closed when it holds as many, and what is in flight stays small
 ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it saves
+CHARS_FOR_WORKERS = 16 << 20  # the same for long texts
 OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
 NO_ROOM = "no room for an answer"  # would leave without an answer
 _MAX_LISTED = 1000  # faults in an error's text
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 # (rows tokenised, share of the source that they are): what a progress bar needs
 Progress = Callable[[int, float], None]
@@ -57,8 +61,10 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         folder: Path,
         max_seq_len: int,
         fingerprint: str,
-        examples_per_row: int = 1,
+        kind: RowKind = "answers",
+        text_start: int | None = None,
     ) -> None:
+        """``text_start`` is the token that begins every piece of a document, where the tokenizer has one."""
         self._index = index
         self._table = table
         self._folder = folder
@@ -66,7 +72,9 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self._tokens: dict[int, np.ndarray] = {}  # shards opened so far
         self.receipt = index.receipt
         self.fingerprint = fingerprint
-        self.examples_per_row = examples_per_row
+        self._kind = kind
+        self._text_start = text_start
+        self.examples_per_row = _per_row(kind)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -86,14 +94,21 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         """bool [N], the second of a pair."""
         return self._table.rejected
 
+    @property
+    def documents(self) -> np.ndarray | None:
+        """int64 [N], the document that each piece is of; None where the rows are no plain texts."""
+        return np.cumsum(~self._table.goes_on) - 1 if self._kind == "documents" else None
+
     def where(self, i: int) -> str:
         """Return the file:line of example ``i``."""
         return f"{self._index.files[self._table.file_numbers[i]]}:{self._table.lines[i]}"
 
     def subset(self, indices: Sequence[int] | np.ndarray | slice) -> "TokenizedDataset":
         """Return the examples at ``indices``, in that order; no token is copied."""
-        chosen = self._table.select(np.arange(len(self))[indices])
-        return TokenizedDataset(self._index, chosen, self._folder, self._max_seq_len, self.fingerprint)
+        found = copy.copy(self)
+        found._table = self._table.select(np.arange(len(self))[indices])
+        found.examples_per_row = 1
+        return found
 
     def rows(self, numbers: Sequence[int]) -> "TokenizedDataset":
         """Return the examples of the rows ``numbers``: of pairs, both."""
@@ -121,6 +136,9 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             cut = truncate(ids, is_learnt, self._max_seq_len)
             assert cut is not None  # rows that cannot be cut are not in the table
             ids, is_learnt = cut
+        if self._kind == "documents":  # the first token has nothing to be learnt from; see pieces.py
+            is_learnt[0] = False
+            ids[0] = ids[0] if self._text_start is None else self._text_start
         return TokenizedExample(ids, label(ids, is_learnt), self.where(i))
 
 
@@ -190,7 +208,14 @@ def examine_dataset(
     Raises:
         DataError: the source cannot be read at all.
     """
-    opened = open_source(source or data.train, split=data.split)
+    if kind == "documents":
+        if data.overlong != "error":
+            raise SettingsError(
+                f"data.overlong is {data.overlong}, and plain texts that are longer than data.max_seq_len are cut into "
+                "pieces: nothing is dropped or truncated. Leave data.overlong out."
+            )
+        prompt, _ = choose_recipe(PromptSettings(recipe=TEXT), tokenizer, kind)
+    opened = open_source(source or data.train, split=data.split, kind=kind)
     fingerprint = opened.fingerprint()
     folder = (Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir()) / "data"
     writer = ShardWriter(
@@ -205,10 +230,12 @@ def examine_dataset(
     path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.rows"
     index = read_index(path)
     if index is None or any(read_shard_rows(writer.folder, key) is None for key in index.shard_keys):
-        index = _make_index(opened, data, kind, writer, text_key, progress or (lambda rows, share: None))
+        borders = Borders(tokenizer) if kind == "documents" else None
+        progress = progress or (lambda rows, share: None)
+        index = _make_index(opened, data, kind, writer, text_key, borders, progress)
         write_index(path, index)
-    per_row = _per_row(kind)
-    return TokenizedDataset(index, index.table, writer.folder, data.max_seq_len, fingerprint, per_row)
+    start = tokenizer.convert_tokens_to_ids(prompt.bos_token) if prompt.bos_token else None
+    return TokenizedDataset(index, index.table, writer.folder, data.max_seq_len, fingerprint, kind, start)
 
 
 def _per_row(kind: RowKind) -> int:
@@ -221,13 +248,17 @@ def _make_index(
     kind: RowKind,
     writer: ShardWriter,
     text_key: str,
+    borders: Borders | None,
     progress: Progress,
 ) -> RowIndex:
     files = tuple(file.name for file in source.files)
     ledger = Ledger(source.name, files, skips_faults=data.on_bad_row == "skip")
     chunks = list(_write_shards(source, data, kind, writer, text_key, ledger, progress))
     table = _tabulate(chunks, _per_row(kind), writer.folder, files, ledger)
-    table = _apply_overlong_policy(table, chunks, data, _per_row(kind), writer.folder, files, ledger)
+    if borders is None:
+        table = _apply_overlong_policy(table, chunks, data, _per_row(kind), writer.folder, files, ledger)
+    else:
+        table = _cut_documents(table, chunks, borders, data.max_seq_len, writer.folder, ledger)
     return RowIndex(table, files, tuple(chunk.key for chunk in chunks), ledger.close())
 
 
@@ -238,6 +269,7 @@ class _Chunk:
     key: str
     wheres: tuple[str, ...]
     rejected: tuple[bool, ...]
+    goes_on: tuple[bool, ...]
     num_rows_until: int  # of the source's used rows, with this chunk's
     share_until: float
 
@@ -267,7 +299,8 @@ def _write_shards(
     jobs = missing_jobs()
     first = list(itertools.islice(jobs, ROWS_FOR_WORKERS // SHARD_ROWS))
     jobs = itertools.chain(first, jobs)
-    if sum(len(job.conversations) for job in first) < ROWS_FOR_WORKERS:
+    is_little = sum(len(job.conversations) for job in first) < ROWS_FOR_WORKERS
+    if is_little and sum(job.num_chars for job in first) < CHARS_FOR_WORKERS:
         written = write_shards_here(writer, jobs)
     else:
         written = write_shards_in_workers(writer, jobs, count_cores())
@@ -285,13 +318,30 @@ def _read_chunks(
 ) -> Iterator[tuple[_Chunk, list[tuple[Message, ...]]]]:
     position, size, num_rows = Position(), max(1, source.size), 0
     examples = read_examples(source, data.format, ledger, position, kind)
-    while chunk := list(itertools.islice(examples, SHARD_ROWS)):  # an even number: no pair is torn
+    goes_on = False
+    while chunk := list(_take_shard(examples, kind)):
         num_rows += len(chunk) // _per_row(kind)
         key = shard_key(text_key, [digest for _, digest in chunk])
         wheres = tuple([example.where for example, _ in chunk])
         conversations = [example.messages for example, _ in chunk]
         rejected = tuple([example.is_rejected for example, _ in chunk])
-        yield _Chunk(key, wheres, rejected, num_rows, min(1.0, position.done / size)), conversations
+        is_part = [goes_on, *(example.messages[0].role == "part" for example, _ in chunk)]
+        goes_on = is_part.pop()
+        share = min(1.0, position.done / size)
+        yield _Chunk(key, wheres, rejected, tuple(is_part), num_rows, share), conversations
+
+
+def _take_shard(
+    examples: Iterator[tuple[Example, bytes]], kind: RowKind
+) -> Iterator[tuple[Example, bytes]]:
+    """Yield the examples of the next shard: an even number, so that no pair is torn; of documents not too many letters."""
+    num_chars = 0
+    for example in itertools.islice(examples, SHARD_ROWS):
+        yield example
+        if kind == "documents":
+            num_chars += len(example[0].messages[0].content)
+            if num_chars >= SHARD_CHARS:
+                return
 
 
 def _tabulate(
@@ -320,6 +370,7 @@ def _tabulate(
             file_numbers=np.array([file_numbers[name] for name, _, _ in places], np.int32),
             lines=np.array([int(line) for _, _, line in places], np.int64),
             rejected=np.array(chunk.rejected, bool),
+            goes_on=np.array(chunk.goes_on, bool),
         )
         tables.append(table.select(taken))
     return RowTable(
@@ -329,7 +380,7 @@ def _tabulate(
 
 def _empty_table() -> RowTable:
     narrow, wide = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    return RowTable(narrow, wide, narrow, narrow, narrow, narrow, wide, np.zeros(0, bool))
+    return RowTable(narrow, wide, narrow, narrow, narrow, narrow, wide, np.zeros(0, bool), np.zeros(0, bool))
 
 
 def _apply_overlong_policy(
@@ -369,6 +420,37 @@ def _apply_overlong_policy(
             ledger.refuse(OVERLONG, where, detail, was_used=True)
         keeps[members] = False
     return replace(table, lengths=lengths, num_learnt=num_learnt).select(keeps)
+
+
+def _cut_documents(
+    table: RowTable,
+    chunks: Sequence[_Chunk],
+    borders: Borders,
+    max_seq_len: int,
+    folder: Path,
+    ledger: Ledger,
+) -> RowTable:
+    """Return a row for each piece of every document."""
+    cuts: dict[int, np.ndarray] = {}  # of each row that is too long: int64 [pieces, 2], start and end
+    for row in np.flatnonzero(table.stored > max_seq_len).tolist():
+        tokens = open_shard_tokens(folder, chunks[table.shards[row]].key)
+        ids, _ = unpack_tokens(tokens[table.starts[row] : table.starts[row] + table.stored[row]])
+        cuts[row] = np.array(cut_document(ids, borders, max_seq_len))
+    counts = np.ones(len(table), int)
+    counts[list(cuts)] = [len(cut) for cut in cuts.values()]
+    first = np.cumsum(counts) - counts  # of each row, the place of its first piece
+    pieces = table.select(np.repeat(np.arange(len(table)), counts))
+    starts, lengths = pieces.starts.copy(), pieces.stored.copy()
+    for row, cut in cuts.items():
+        own = slice(first[row], first[row] + len(cut))
+        starts[own] += cut[:, 0]
+        lengths[own] = cut[:, 1] - cut[:, 0]
+    goes_on = np.ones(len(pieces), bool)
+    goes_on[first] = table.goes_on
+    ledger.divide(int((goes_on[1:] & ~goes_on[:-1]).sum()), len(pieces))
+    return replace(
+        pieces, starts=starts, stored=lengths, lengths=lengths, num_learnt=lengths - 1, goes_on=goes_on
+    )
 
 
 def _sha256(values: object) -> str:

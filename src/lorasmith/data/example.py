@@ -1,4 +1,4 @@
-"""The one meaning of "an example": a conversation whose assistant turns can be learnt.
+"""The one meaning of "an example": a conversation whose assistant turns can be learnt, or a plain text.
 
 Every data format becomes this value, and every later stage starts from it.
 """
@@ -6,12 +6,12 @@ Every data format becomes this value, and every later stage starts from it.
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "document", "part"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
+    """One turn, or a whole text: a "document", or a "part" of one that goes on in the next example.
 
     ``input`` is the Alpaca row's context for an instruction; only user turns of Alpaca rows have one.
     The prompt recipe decides where it stands.

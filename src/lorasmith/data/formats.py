@@ -10,6 +10,10 @@ A pair of answers to one question (kind "pairs"):
     preference         {"prompt": "...", "chosen": "...", "rejected": "..."}          or messages in any of the three;
                        the question also as instruction (input), messages or conversations, or inside chosen
 
+A whole text (kind "documents"):
+
+    text               {"text": "..."}
+
 Extra keys are ignored. A row that cannot be used raises :class:`RowProblem`, which says whether it is
 skipped (nothing to learn from) or an error (somebody has to look).
 """
@@ -24,6 +28,7 @@ from lorasmith.data.example import Example, Message, Role
 from lorasmith.data.settings import RowKind
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL_OF_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # old texts have form feeds
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -77,7 +82,7 @@ class Format:
         return Example(messages, where), Example(rejected, where, is_rejected=True)
 
     def read(self, fields: Mapping[str, Any]) -> tuple[Message, ...]:
-        """Return the conversation of a row; of a pair, the chosen one.
+        """Return the conversation of a row; of a pair, the chosen one; of a text, one message.
 
         Raises:
             RowProblem: the row has nothing to learn, or is of another format.
@@ -91,7 +96,8 @@ class Format:
                     f"{what}, in a file of {self.title} ({' and '.join(self.keys)})",
                     is_error=True,
                 )
-        return _checked(self.to_messages(fields))
+        messages = self.to_messages(fields)
+        return messages if self.kind == "documents" else _checked(messages)
 
 
 def _checked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -122,6 +128,10 @@ def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
 
 def _sharegpt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return _turns(fields["conversations"], "from", "value")
+
+
+def _document(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    return (Message("document", _text(fields, "text", "text", _CONTROL_OF_TEXT)),)
 
 
 def _side(fields: Mapping[str, Any], key: str) -> tuple[Message, ...]:
@@ -156,12 +166,18 @@ FORMATS = {
         Format("sharegpt", "ShareGPT conversations", ("conversations",), _sharegpt),
         Format("alpaca", "Alpaca rows", ("instruction", "output"), _alpaca),
         Format("prompt_completion", "prompt/completion rows", ("prompt", "completion"), _prompt_completion),
+        Format("text", "plain texts", ("text",), _document, "documents"),
     )
 }
 
 
 def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Format | None:
-    """Return the format of ``kind`` all of whose keys the row has. A pair of answers is never one answer."""
+    """Return the format of ``kind`` all of whose keys the row has.
+
+    A pair of answers is never one answer, and a row with an answer is never a plain text.
+    """
+    if kind == "documents" and (detect_format(fields, "answers") or detect_format(fields, "pairs")):
+        return None
     if kind == "answers" and "chosen" in fields and "rejected" in fields:
         return None
     return next((f for f in _formats_of(kind) if all(key in fields for key in f.keys)), None)
@@ -178,6 +194,18 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
         return (
             f"{describe_keys(fields)}: a row with one answer. This objective needs preference rows (prompt, chosen, "
             "rejected); objective.name=sft trains on answers."
+        )
+    if kind == "documents" and (other := detect_format(fields) or detect_format(fields, "pairs")):
+        takes_text = " If its text is to be learnt: data.format=text." if "text" in fields else ""
+        return (
+            f"{describe_keys(fields)}: a row of {other.title}. objective.name=text learns plain texts (text) from the "
+            f"first to the last token; objective.name={'dpo' if other.kind == 'pairs' else 'sft'} learns answers."
+            f"{takes_text}"
+        )
+    if kind != "documents" and detect_format(fields, "documents"):
+        return (
+            f"{describe_keys(fields)}: a plain text, without question and answer. objective.name=text learns it from "
+            "the first to the last token; lorasmith check --text looks at it."
         )
 
     def likeness(f: Format) -> float:
@@ -247,7 +275,9 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _text(fields: Mapping[str, Any], key: str, what: str) -> str:
+def _text(
+    fields: Mapping[str, Any], key: str, what: str, forbidden: re.Pattern[str] = _CONTROL
+) -> str:
     """Return a field that must be text with something in it.
 
     Raises:
@@ -262,7 +292,7 @@ def _text(fields: Mapping[str, Any], key: str, what: str) -> str:
         raise RowProblem(f"{what} is not text", f'"{key}" is a {type(value).__name__}')
     if not value.strip():
         raise RowProblem(f"empty {what}", f'"{key}"')
-    if control := _CONTROL.search(value):
+    if control := forbidden.search(value):
         raise RowProblem("control character", f'U+{ord(control.group()):04X} in "{key}"', is_error=True)
     if not value.isascii():
         try:

@@ -15,7 +15,7 @@ from lorasmith.data.receipt import Receipt
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """N used examples, two for each row of pairs.
+    """N used examples: two for each row of pairs, of a document each of its pieces.
 
     ``stored`` is the length in the shard, ``lengths`` the one after the overlong policy.
     """
@@ -28,6 +28,7 @@ class RowTable:
     file_numbers: np.ndarray  # int32 [N], into RowIndex.files
     lines: np.ndarray  # int64 [N]
     rejected: np.ndarray  # bool [N], the second of a pair
+    goes_on: np.ndarray  # bool [N], with the document of the example before
 
     def select(self, rows: np.ndarray) -> "RowTable":
         """Return the table of ``rows``: indices, or one bool for each row."""

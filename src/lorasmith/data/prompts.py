@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.data.example import Example, Message
-from lorasmith.data.settings import LearntTurns, PromptSettings
+from lorasmith.data.settings import LearntTurns, PromptSettings, RowKind
 from lorasmith.data.templates import render_template
 from lorasmith.errors import RecipeError, SettingsError
 
+TEXT = "text"  # the recipe without a template
 _FIRST_SLOT = 0xF0000  # plane 15 is private use: no text and no template has these characters for a reason
 _SLOT = re.compile("([\U000f0000-\U000ffffd])")
 
@@ -98,10 +99,24 @@ class PromptRecipe:
     def render(self, example: Example) -> tuple[Segment, ...]:
         """Return the whole conversation, up to and including the end token of its last answer.
 
+        A text without turns is written without the template, all of it learnt: by the recipe "text" alone.
+
         Raises:
             RecipeError: the template refuses the conversation or does not show all of it.
         """
+        if example.messages[0].role in ("document", "part"):
+            return self._write_text(example.messages[0])
         return self._fill(self._with_system(example.messages), stops_before_answer=False)
+
+    def _write_text(self, message: Message) -> tuple[Segment, ...]:
+        assert self.name == TEXT, "a text is trained on without a template"
+        if not self.eos_token:
+            raise RecipeError(
+                "the tokenizer has no eos_token, so no document can end: set it, or choose another base."
+            )
+        start = Segment(self.bos_token, is_learnt=False, is_content=False)
+        end = Segment(self.eos_token if message.role == "document" else "", is_learnt=True, is_content=False)
+        return start, Segment(message.content, is_learnt=True, is_content=True), end
 
     def render_prompt(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
         """Return the text up to where the assistant's answer starts: the same as :meth:`render` gives there.
@@ -342,19 +357,28 @@ class PromptRecipe:
         return render_template(self.template, variables)
 
 
-def choose_recipe(settings: PromptSettings, tokenizer) -> tuple[PromptRecipe, str]:
+def choose_recipe(
+    settings: PromptSettings, tokenizer, kind: RowKind = "answers"
+) -> tuple[PromptRecipe, str]:
     """Return the recipe that ``settings`` name for this tokenizer, and the reason in words for the screen.
+
+    ``kind``: what is learnt. Of "documents" the recipe says how the tuned model is asked.
 
     Raises:
         RecipeError: "chat" without a chat template, or a template that is not Jinja.
-        SettingsError: ``settings.recipe`` is neither a known name nor a file.
+        SettingsError: ``settings.recipe`` is neither a known name nor a file, or is of another kind.
     """
     chat_template = _chat_template(tokenizer)
     name, reason = settings.recipe, "as set"
     if name == "auto":
-        name = "chat" if chat_template else "alpaca"
+        name = "chat" if chat_template else (TEXT if kind == "documents" else "alpaca")
         reason = (
             "the tokenizer has a chat template" if chat_template else "the tokenizer has no chat template"
+        )
+    if name == TEXT and kind != "documents":
+        raise SettingsError(
+            "prompt.recipe is text, which goes on with what is asked: a question and its answer would be one text. "
+            "It belongs to objective.name=text; for answers use chat, alpaca or a template of your own."
         )
     # A chat template writes its own beginning; other templates get a bos_token where the tokenizer adds one.
     bos_token = (tokenizer.bos_token or "") if name == "chat" or _adds_bos(tokenizer) else ""
@@ -364,10 +388,9 @@ def choose_recipe(settings: PromptSettings, tokenizer) -> tuple[PromptRecipe, st
                 "The recipe is chat, but the tokenizer has no chat template. Use --recipe alpaca."
             )
         template = chat_template
-    elif name == "alpaca":
-        template = (importlib.resources.files("lorasmith.data") / "recipes" / "alpaca.jinja").read_text(
-            "utf-8"
-        )
+    elif name in ("alpaca", TEXT):
+        recipes = importlib.resources.files("lorasmith.data") / "recipes"
+        template = (recipes / f"{name}.jinja").read_text("utf-8")
     else:
         name, template = _read_template(name)
     recipe = PromptRecipe(
@@ -413,10 +436,10 @@ def _read_template(path_text: str) -> tuple[str, str]:
         template = path.read_text("utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:  # not UTF-8; U+0000 in the name; ~nobody
         raise SettingsError(
-            f"prompt.recipe: {path_text[:200]!r} is not auto, alpaca or chat, and cannot be read as a template "
-            f"file ({error}). Give one of the three names, or the path of a .jinja file in UTF-8."
+            f"prompt.recipe: {path_text[:200]!r} is not auto, alpaca, chat or text, and cannot be read as a template "
+            f"file ({error}). Give one of the four names, or the path of a .jinja file in UTF-8."
         ) from error
-    name = path.name if path.stem in ("auto", "alpaca", "chat") else path.stem
+    name = path.name if path.stem in ("auto", "alpaca", "chat", TEXT) else path.stem
     return name, template
 
 

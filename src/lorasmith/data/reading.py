@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+from lorasmith.data.documents import Document, document_of
 from lorasmith.data.example import Example
 from lorasmith.data.formats import FORMATS, Format, RowProblem, detect_format, explain_unknown
 from lorasmith.data.readers import BlankLine, Item, Position, Row, RowFault
@@ -12,7 +13,11 @@ from lorasmith.data.shards import digest_messages
 from lorasmith.data.sources import DataFile, Source
 from lorasmith.errors import DataError
 
-_KINDS: dict[RowKind, str] = {"answers": "answers", "pairs": "pairs of answers"}
+_KINDS: dict[RowKind, str] = {
+    "answers": "answers",
+    "pairs": "pairs of answers",
+    "documents": "plain texts",
+}
 _ROWS_TO_DETECT = 1000  # rows looked at until one is of a known format
 
 
@@ -25,13 +30,18 @@ def read_examples(
 ) -> Iterator[tuple[Example, bytes]]:
     """Yield each usable example with the digest of its messages; enter every row in the ledger.
 
-    A pair yields two, the chosen one first.
+    A pair yields two, the chosen one first; a document its parts.
 
     ``position`` is kept at how much of the source is read. Memory: some 400 bytes a row, to know duplicates.
 
     Raises:
         DataError: a file holds rows, and none of its first 1,000 is of a known format.
     """
+    for note in source.notes:
+        ledger.warn("files", note)
+    if kind == "documents":
+        yield from _read_documents(source, format_name, ledger, position)
+        return
     first_seen: dict[bytes, str] = {}
     first_asked: dict[bytes, str] = {}
     done = 0
@@ -62,7 +72,34 @@ def read_examples(
         done += in_file.done
 
 
-def _read_item(item: Item, row_format: Format | None, ledger: Ledger) -> tuple[Example, ...]:
+def _read_documents(
+    source: Source, format_name: FormatName, ledger: Ledger, position: Position
+) -> Iterator[tuple[Example, bytes]]:
+    first_seen: dict[bytes, str] = {}
+    done = 0
+    for file in source.files:
+        in_file = Position()
+        row_format, items = _choose_format(file, format_name, "documents", file.rows(in_file))
+        for item in items:
+            ledger.read()
+            document = item
+            if not isinstance(item, Document):
+                examples = _read_item(item, row_format, ledger)
+                document = document_of(examples[0].messages[0].content, examples[0].where) if examples else None
+            if not isinstance(document, Document):
+                continue
+            where = first_seen.setdefault(document.digest, document.where)
+            if where is not document.where:
+                ledger.skip("duplicate", document.where, f"the same as {where}")
+                continue
+            ledger.use()
+            for part in document.parts(in_file):
+                position.done = done + in_file.done
+                yield part, digest_messages(part.messages)
+        done += in_file.done
+
+
+def _read_item(item: Item | Document, row_format: Format | None, ledger: Ledger) -> tuple[Example, ...]:
     match item:
         case Row(fields, where):
             assert row_format is not None  # chosen from the rows
@@ -79,8 +116,8 @@ def _read_item(item: Item, row_format: Format | None, ledger: Ledger) -> tuple[E
 
 
 def _choose_format(
-    file: DataFile, format_name: FormatName, kind: RowKind, items: Iterator[Item]
-) -> tuple[Format | None, Iterator[Item]]:
+    file: DataFile, format_name: FormatName, kind: RowKind, items: Iterator[Item | Document]
+) -> tuple[Format | None, Iterator[Item | Document]]:
     """Return the file's format (None: it holds no row) and its items from the start."""
     if format_name != "auto":
         named = FORMATS[format_name]
@@ -90,7 +127,7 @@ def _choose_format(
                 "Leave data.format out, or choose another objective.name."
             )
         return named, items
-    looked_at: list[Item] = []
+    looked_at: list[Item | Document] = []
     first_row: Row | None = None
     for item in items:
         looked_at.append(item)

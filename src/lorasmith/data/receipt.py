@@ -14,6 +14,7 @@ class Receipt:
 
     ``faults`` and ``skips`` are (file:line, reason) of single rows: of every failed one, and of the first
     1,000 that were skipped. ``truncated`` counts the used rows that were cut, ``warnings`` concern used rows.
+    ``divided`` counts the used documents that were cut into pieces, ``pieces`` what all documents together gave.
     """
 
     source: str
@@ -25,6 +26,8 @@ class Receipt:
     faults: tuple[tuple[str, str], ...] = ()
     skips: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    divided: int = 0
+    pieces: int = 0
 
     def __post_init__(self) -> None:
         accounted = self.used + self.num_skipped + self.num_failed
@@ -53,6 +56,8 @@ class Receipt:
             "faults": [list(fault) for fault in self.faults],
             "skips": [list(skip) for skip in self.skips],
             "warnings": list(self.warnings),
+            "divided": self.divided,
+            "pieces": self.pieces,
         }
 
     @classmethod
@@ -76,7 +81,7 @@ class Ledger:
         self._skips_faults = skips_faults
         self._rows_read = 0
         self._used = 0
-        self._truncated = 0
+        self._truncated = self._divided = self._pieces = 0
         self._skipped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._faults: list[tuple[str, str]] = []
@@ -113,6 +118,10 @@ class Ledger:
         """Note that a used row was cut; it stays used."""
         self._truncated += 1
 
+    def divide(self, num_divided: int, num_pieces: int) -> None:
+        """Note how many of the used documents were cut into pieces, and the pieces of all of them."""
+        self._divided, self._pieces = num_divided, num_pieces
+
     def warn(self, kind: str, text: str) -> None:
         self._num_warnings[kind] += 1
         if self._num_warnings[kind] <= _MAX_LISTED:
@@ -134,6 +143,8 @@ class Ledger:
             faults=tuple(sorted(self._faults, key=self._order)),
             skips=tuple(sorted(self._skips, key=self._order)),
             warnings=(*self._warnings, *unlisted),
+            divided=self._divided,
+            pieces=self._pieces,
         )
 
     def _order(self, entry: tuple[str, str]) -> tuple[int, int]:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference"]
-RowKind = Literal["answers", "pairs"]  # what a row teaches: see formats.py
+FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "text"]
+RowKind = Literal["answers", "pairs", "documents"]  # what a row teaches: see formats.py
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]
@@ -17,7 +17,8 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: str = Field(
-        description="data file (.json, .jsonl, .csv, .parquet), folder of them, or Hub data set id"
+        description="data file (.json, .jsonl, .csv, .parquet; for objective.name=text also .txt, .md), folder of "
+        "them, or Hub data set id"
     )
     validation: str | None = Field(
         default=None, description="data for the validation loss; same kinds as train"
@@ -32,7 +33,8 @@ class DataSettings(BaseModel):
     )
     overlong: OverlongPolicy = Field(
         default="error",
-        description="examples over max_seq_len: error, drop (counted), or truncate (end token kept)",
+        description="examples over max_seq_len: error, drop (counted), or truncate (end token kept); plain texts are "
+        "cut into pieces instead",
     )
     split: str = Field(default="train", description="split of a Hub data set")
     remember_words: bool = Field(
@@ -51,8 +53,8 @@ class PromptSettings(BaseModel):
 
     recipe: str = Field(
         default="auto",
-        description="auto (chat where the tokenizer has a chat template, else alpaca), alpaca, chat, "
-        "or the path of a .jinja file",
+        description="auto (chat where the tokenizer has a chat template, else alpaca; of objective.name=text: else "
+        "text), alpaca, chat, text (what is asked is gone on with), or the path of a .jinja file",
     )
     system: str | None = Field(
         default=None, description="system prompt for conversations that have none of their own"

@@ -12,7 +12,7 @@ after rows were appended to the file, and in another file with the same rows; it
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.tokens import Encoder
 from lorasmith.errors import RecipeError
 
-_ENCODE_AT_ONCE = 500  # conversations given to the Rust tokenizer in one call; bounds a worker's memory
+# Given to the Rust tokenizer in one call; bounds a worker's memory.
+_ENCODE_AT_ONCE = 500  # conversations
+_CHARS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ def write_shard(
     """Render and tokenise conversations, and write them as one shard."""
     pieces: list[np.ndarray] = []
     lengths, num_learnt, refusals = [], [], []
-    for start in range(0, len(conversations), _ENCODE_AT_ONCE):
+    for some in _take_batches(conversations):
         rendered = []
-        for messages in conversations[start : start + _ENCODE_AT_ONCE]:
+        for messages in some:
             try:
                 rendered.append(recipe.render(Example(messages, where="")))
             except RecipeError as error:
@@ -87,6 +89,23 @@ def write_shard(
         "sha256": np.frombuffer(hashlib.sha256(content.getbuffer()).digest(), np.uint8),
     }
     write_arrays(_rows_path(folder, key), rows)
+
+
+def count_chars(conversations: Iterable[tuple[Message, ...]]) -> int:
+    """Return the characters of all contents."""
+    return sum(len(message.content) for messages in conversations for message in messages)
+
+
+def _take_batches(conversations: Sequence[tuple[Message, ...]]) -> Iterator[list[tuple[Message, ...]]]:
+    batch: list[tuple[Message, ...]] = []
+    num_chars = 0
+    for messages in conversations:
+        batch.append(messages)
+        num_chars += count_chars([messages])
+        if len(batch) == _ENCODE_AT_ONCE or num_chars > _CHARS_AT_ONCE:
+            yield batch
+            batch, num_chars = [], 0
+    yield batch
 
 
 def read_shard_rows(folder: Path, key: str) -> ShardRows | None:

@@ -3,12 +3,15 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lorasmith.data.documents import TEXT_READERS, Document
 from lorasmith.data.readers import READERS, BlankLine, Item, Position, Row, RowFault
+from lorasmith.data.settings import RowKind
 from lorasmith.errors import DataError, MissingExtraError
 from lorasmith.files import sha256_of
 
@@ -24,8 +27,11 @@ __all__ = [
     "read_rows",
 ]
 
+_MOST_NAMES = 3  # of files that are not read, in a note
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = ", ".join(READERS)
+_TEXT_SUFFIXES = ", ".join(TEXT_READERS)
+_ALL_READERS = {**READERS, **TEXT_READERS}
 
 
 class DataFile(Protocol):
@@ -41,7 +47,7 @@ class DataFile(Protocol):
         """The value of Position.done when all is read."""
         ...
 
-    def rows(self, position: Position) -> Iterator[Item]: ...
+    def rows(self, position: Position) -> Iterator[Item | Document]: ...
 
     def digest(self) -> str:
         """Return the sha256 of the content."""
@@ -57,9 +63,9 @@ class LocalFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
-    def rows(self, position: Position) -> Iterator[Item]:
+    def rows(self, position: Position) -> Iterator[Item | Document]:
         try:
-            yield from READERS[self.path.suffix.lower()](self.path, self.name, position)
+            yield from _ALL_READERS[self.path.suffix.lower()](self.path, self.name, position)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
 
@@ -90,10 +96,11 @@ class HubSplit:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All files of what the user named, in the order they are read."""
+    """All files of what the user named, in the order they are read. ``notes`` say what in a folder is not read."""
 
     name: str
     files: tuple[DataFile, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -105,8 +112,8 @@ class Source:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def open_source(source: str | Path, *, split: str = "train") -> Source:
-    """Find the data that ``source`` names.
+def open_source(source: str | Path, *, split: str = "train", kind: RowKind = "answers") -> Source:
+    """Find the data that ``source`` names. Of "documents" text files are data too.
 
     Raises:
         DataError: there is no such file, no data file in the folder, or the Hub has no such data set.
@@ -118,24 +125,31 @@ def open_source(source: str | Path, *, split: str = "train") -> Source:
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, U+0000 in it, ~nobody
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise DataError(f"{str(source)[:200]!r} cannot be opened: {error}.") from error
+    readers = _ALL_READERS if kind == "documents" else READERS
     if path.is_dir():
-        return Source(str(source), _files_of_folder(path))
+        return _open_text_folder(path) if kind == "documents" else Source(str(source), _files_of_folder(path))
     if path.exists():
-        if path.suffix.lower() not in READERS:
+        suffix = path.suffix.lower()
+        if suffix in TEXT_READERS and kind != "documents":
             raise DataError(
-                f"{source} is a {path.suffix or 'file without ending'}; lorasmith reads {_SUFFIXES}, a "
-                "folder of them, or a Hub data set id."
+                f"{source} is a plain text, and this needs rows with an answer ({_SUFFIXES}). objective.name=text "
+                "learns a text from its first to its last token; lorasmith check --text looks at it."
+            )
+        if suffix not in readers:
+            raise DataError(
+                f"{source} is a {path.suffix or 'file without ending'}; lorasmith reads "
+                f"{', '.join(readers)}, a folder of them, or a Hub data set id."
             )
         return Source(str(source), (LocalFile(path, path.name),))
     if _looks_like_path(str(source)):
-        raise DataError(f"{source} does not exist. {_nearest(path)}".rstrip())
+        raise DataError(f"{source} does not exist. {_nearest(path, readers)}".rstrip())
     return Source(str(source), (_load_from_hub(str(source), split),))
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[Item]:
     """Yield every row of ``source``, every fault and every blank line, in order."""
     for file in open_source(source, split=split).files:
-        yield from file.rows(Position())
+        yield from (item for item in file.rows(Position()) if not isinstance(item, Document))
 
 
 def _files_of_folder(folder: Path) -> tuple[LocalFile, ...]:
@@ -147,21 +161,54 @@ def _files_of_folder(folder: Path) -> tuple[LocalFile, ...]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not paths:
-        raise DataError(f"The folder {folder} holds no data file ({_SUFFIXES}).")
+        texts = any(path.suffix.lower() in TEXT_READERS for path in folder.rglob("*"))
+        way_out = (
+            f" It holds texts ({_TEXT_SUFFIXES}): objective.name=text learns them from the first to the last token."
+        )
+        raise DataError(f"The folder {folder} holds no data file ({_SUFFIXES}).{way_out if texts else ''}")
     return tuple(LocalFile(path, path.relative_to(folder).as_posix()) for path in paths)
+
+
+def _open_text_folder(folder: Path) -> Source:
+    """Return every text and data file of a folder, and notes on what in it is not read."""
+    files, left_out = [], defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir():
+            continue
+        if any(part.startswith(".") for part in name.parts):
+            left_out["hidden"].append(name)
+        elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            left_out["a link out of the folder"].append(name)
+        elif not path.is_file():
+            left_out["a link to nothing, or no file"].append(name)
+        elif path.suffix.lower() in _ALL_READERS:
+            files.append(LocalFile(path, name.as_posix()))
+        else:
+            left_out[f"no {', '.join(_ALL_READERS)}"].append(name)
+    notes = tuple(f"not read, {why}: {_count_names(names)}" for why, names in left_out.items())
+    if not files:
+        found = f" What is there is {'; '.join(notes)}." if notes else ""
+        raise DataError(f"The folder {folder} holds no text ({', '.join(_ALL_READERS)}).{found}")
+    return Source(str(folder), tuple(files), notes)
+
+
+def _count_names(names: Sequence[Path]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(map(str, names[:_MOST_NAMES])) + more
 
 
 def _looks_like_path(text: str) -> bool:
     suffix = Path(text).suffix.lower()
-    is_file_name = suffix in READERS or ("/" not in text and suffix[1:].isalpha())
+    is_file_name = suffix in _ALL_READERS or ("/" not in text and suffix[1:].isalpha())
     return is_file_name or not _HUB_ID.fullmatch(text)
 
 
-def _nearest(path: Path) -> str:
+def _nearest(path: Path, readers: Collection[str]) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"The folder {folder} does not exist either."
-    names = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in READERS or p.is_dir()]
+    names = [p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in readers or p.is_dir()]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(str(folder / name) for name in near)}?"

@@ -51,6 +51,11 @@ def num_rows(dataset: Sequence[TokenizedExample]) -> int:
     return len(dataset) // examples_per_row(dataset)
 
 
+def documents_of(dataset: Sequence[TokenizedExample]) -> np.ndarray | None:
+    """Return int [N], the number of the document that each example is a piece of; None where it is no plain text."""
+    return getattr(dataset, "documents", None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """Text without special tokens, or one special token (then ``token_id`` is set).

@@ -22,7 +22,7 @@ from typing import IO
 
 from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe
-from lorasmith.data.shards import write_shard
+from lorasmith.data.shards import count_chars, write_shard
 from lorasmith.data.tokens import Encoder
 from lorasmith.errors import DataError, LorasmithError
 
@@ -44,6 +44,10 @@ class Job:
 
     key: str
     conversations: list[tuple[Message, ...]]
+
+    @property
+    def num_chars(self) -> int:
+        return count_chars(self.conversations)
 
 
 def count_cores() -> int:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
@@ -31,7 +32,8 @@ from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.sources import open_source
-from lorasmith.data.tokens import TokenizedExample, num_rows, tokenizer_json
+from lorasmith.data.receipt import Receipt
+from lorasmith.data.tokens import TokenizedExample, documents_of, num_rows, tokenizer_json
 from lorasmith.data.workers import count_cores
 from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
@@ -150,10 +152,11 @@ def prepare_job(
     with team.first_on_each_machine():
         resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
-    if objective.kind != "answers":  # what is compared is the last answer
+    if objective.kind == "pairs":  # what is compared is the last answer
         prompt = prompt.model_copy(update={"learn": "last"})
-    recipe, reason = choose_recipe(prompt, tokenizer)
-    say(f"Prompt recipe: {recipe.name} ({reason})")
+    recipe, reason = choose_recipe(prompt, tokenizer, objective.kind)
+    asked = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
+    say(f"Prompt recipe: {recipe.name} ({reason}{asked})")
 
     for question in output.sample_questions:
         if not question.strip():
@@ -165,7 +168,8 @@ def prepare_job(
 
     with team.first_on_each_machine():
         all_rows = prepare_dataset(data, recipe, tokenizer, kind=objective.kind, progress=reading)
-    kept, held_out = split_for_validation(num_rows(all_rows), training)
+    documents = documents_of(all_rows)
+    kept, held_out = split_for_validation(num_rows(all_rows), training, documents)
     if not kept:
         raise DataError(
             f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "
@@ -173,6 +177,8 @@ def prepare_job(
         )
     dataset = all_rows.rows(kept)
     validation: TokenizedDataset | None = all_rows.rows(held_out) if held_out else None
+    if documents is not None:
+        say(_describe_documents(all_rows.receipt, documents, held_out))
     if data.validation is not None:
         with team.first_on_each_machine():
             validation = prepare_dataset(
@@ -389,6 +395,20 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
     job.team.wait()
 
 
+def _describe_documents(receipt: Receipt, documents: np.ndarray, held_out: Sequence[int]) -> str:
+    """Say how many documents and pieces there are, and which are held out."""
+    text = f"Texts: {receipt.used:,} documents in {receipt.pieces:,} pieces"
+    if not held_out:
+        return text
+    chosen = set(documents[list(held_out)].tolist())
+    if np.isin(documents, list(chosen)).sum() == len(held_out):
+        return f"{text}; held out: {len(chosen):,} documents, {len(held_out):,} pieces"
+    return (
+        f"{text}; held out: {len(held_out):,} pieces, whose documents' other pieces are trained on (no document is "
+        "short enough to be held out whole: data.validation names other texts)"
+    )
+
+
 def _make_objective(
     objective: ObjectiveSettings,
     base_key: str,
@@ -403,7 +423,7 @@ def _make_objective(
     progress: Progress,
 ) -> Objective:
     """Return what the loop minimises, with the reference's log probabilities where it needs them."""
-    if objective.name == "sft":
+    if objective.name in ("sft", "text"):
         return NEXT_TOKEN
     references = {}
     if objective.needs_reference:
@@ -447,7 +467,9 @@ def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int
     write_run_record(job.run_dir, record.model_copy(update={"result": result}))
 
 
-def is_finished(run_dir: Path, settings: dict[str, Any], data: DataSettings) -> bool:
+def is_finished(
+    run_dir: Path, settings: dict[str, Any], data: DataSettings, objective: ObjectiveSettings
+) -> bool:
     """Return whether ``run_dir`` holds this very run, trained to its end.
 
     Raises:
@@ -456,7 +478,8 @@ def is_finished(run_dir: Path, settings: dict[str, Any], data: DataSettings) -> 
     if not (run_dir / "run.json").is_file() or (record := read_run_record(run_dir)).result is None:
         return False
     differences = _setting_differences(record.settings, settings)
-    if open_source(data.train, split=data.split).fingerprint() != record.data["fingerprint"]:
+    source = open_source(data.train, split=data.split, kind=objective.kind)
+    if source.fingerprint() != record.data["fingerprint"]:
         differences.append(f"data: {data.train} has changed since")
     if differences:
         raise RunError(

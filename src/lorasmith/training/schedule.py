@@ -115,9 +115,28 @@ def group_by_prefix(dataset: Sequence[TokenizedExample], num_tokens: int) -> np.
     return np.unique(digests, return_inverse=True)[1]
 
 
-def split_for_validation(num_rows: int, settings: TrainingSettings) -> tuple[list[int], list[int]]:
-    """Return the rows to train on and the held-out ones, both in the data's order; seeded."""
+def split_for_validation(
+    num_rows: int, settings: TrainingSettings, documents: np.ndarray | None = None
+) -> tuple[list[int], list[int]]:
+    """Return the rows to train on and the held-out ones, both in the data's order; seeded.
+
+    ``documents`` (int [num_rows]): rows are pieces of documents. Whole documents are held out, where so many are small
+    enough to fill half of the share; else pieces, and other pieces of the same documents are trained on.
+    """
     num_held_out = max(1, round(settings.validation_share * num_rows)) if settings.validation_share else 0
-    order = np.random.default_rng([settings.seed, 0x5EED]).permutation(num_rows)
-    held_out = set(order[:num_held_out].tolist())
+    rng = np.random.default_rng([settings.seed, 0x5EED])
+    held_out = _pick_documents(documents, num_held_out, rng) if documents is not None else set()
+    if len(held_out) < num_held_out / 2:
+        held_out = set(rng.permutation(num_rows)[:num_held_out].tolist())
     return [i for i in range(num_rows) if i not in held_out], sorted(held_out)
+
+
+def _pick_documents(documents: np.ndarray, most: int, rng: np.random.Generator) -> set[int]:
+    """Return the places of the pieces of documents taken at random, at most ``most`` pieces."""
+    names, sizes = np.unique(documents, return_counts=True)
+    chosen = []
+    for place in rng.permutation(len(names)):
+        if sizes[place] <= most:
+            chosen.append(names[place])
+            most -= sizes[place]
+    return set(np.flatnonzero(np.isin(documents, chosen)).tolist())

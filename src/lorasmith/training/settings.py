@@ -62,7 +62,8 @@ class TrainingSettings(BaseModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="share of the training data that is held out for the validation loss",
+        description="share of the training data that is held out for the validation loss; of plain texts whole "
+        "documents, as far as there are small ones",
     )
     evaluate_every: int | None = Field(
         default=None, ge=1, description="steps between validations; none: once an epoch"
@@ -96,9 +97,10 @@ class TrainingSettings(BaseModel):
         )
 
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo"]
+ObjectiveName = Literal["sft", "text", "dpo", "ipo", "orpo", "simpo"]
 _BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0}
 _MARGIN = 1.0
+_KINDS: dict[str, RowKind] = {"sft": "answers", "text": "documents"}
 
 
 class ObjectiveSettings(BaseModel):
@@ -108,7 +110,7 @@ class ObjectiveSettings(BaseModel):
 
     name: ObjectiveName = Field(
         default="sft",
-        description="sft: answers; dpo, ipo, orpo, simpo: pairs of a chosen and a rejected answer",
+        description="sft: answers; text: every token of plain texts; dpo, ipo, orpo, simpo: pairs of a chosen and a rejected answer",
     )
     beta: float | None = Field(
         default=None,
@@ -122,8 +124,8 @@ class ObjectiveSettings(BaseModel):
 
     @model_validator(mode="after")
     def _owns_its_settings(self) -> "ObjectiveSettings":
-        if self.beta is not None and self.name == "sft":
-            raise ValueError("beta is no setting of sft; it belongs to dpo, ipo, orpo and simpo")
+        if self.beta is not None and self.name in ("sft", "text"):
+            raise ValueError(f"beta is no setting of {self.name}; it belongs to dpo, ipo, orpo and simpo")
         if self.margin is not None and self.name != "simpo":
             raise ValueError(f"margin is no setting of {self.name}; it belongs to simpo")
         return self
@@ -131,7 +133,7 @@ class ObjectiveSettings(BaseModel):
     @property
     def kind(self) -> RowKind:
         """What a row of its data is."""
-        return "answers" if self.name == "sft" else "pairs"
+        return _KINDS.get(self.name, "pairs")
 
     @property
     def needs_reference(self) -> bool:
@@ -148,7 +150,7 @@ class ObjectiveSettings(BaseModel):
     @property
     def rate_multiple(self) -> float:
         """The learning rate beside that of answers: as TRL's defaults stand to each other, 1e-6 to 2e-5."""
-        return 1.0 if self.name == "sft" else 0.05
+        return 1.0 if self.name in ("sft", "text") else 0.05
 
 
 class OutputSettings(BaseModel):
