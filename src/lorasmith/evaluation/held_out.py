@@ -13,7 +13,7 @@ from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.readers import Position
 from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger
-from lorasmith.data.settings import DataSettings
+from lorasmith.data.settings import DataSettings, RowKind
 from lorasmith.data.sources import Source, open_source
 from lorasmith.data.tokens import encode
 from lorasmith.errors import DataError, RecipeError
@@ -54,13 +54,14 @@ class TrainingData:
 
     def __init__(self, run_dir: Path, record: RunRecord) -> None:
         self._data = DataSettings.model_validate(record.settings["data"])
+        self._kind: RowKind = record.data.get("kind", "answers")
         self._training = TrainingSettings.model_validate(record.settings["training"])
         self._source: Source | None = None
         self.note: str | None = None
         self._held_out: frozenset[int] = frozenset()  # the validation share, by number among what is read
         self._place = locate(self._data.train, run_dir)
         try:
-            self._source = open_source(self._place, split=self._data.split)
+            self._source = open_source(self._place, split=self._data.split, kind=self._kind)
             if self._source.fingerprint() != record.data["fingerprint"]:
                 name = self._data.train
                 self.note = (
@@ -77,12 +78,12 @@ class TrainingData:
         return self._source is not None
 
     def examples(self) -> Iterator[Example]:
-        """Yield what was trained on, without the validation share; nothing where it is gone."""
+        """Yield what was trained on, without the validation share; nothing where it is gone, or has no answers."""
         return (example for number, example in enumerate(self._read()) if number not in self._held_out)
 
     def hold_out_share(self, recipe: PromptRecipe, tokenizer: Any) -> list[EvaluationRow]:
         """Return the rows of the run's validation share, and leave them out of ``examples`` from now on."""
-        if self._source is None or not self._training.validation_share:
+        if self._source is None or not self._training.validation_share or self._kind == "documents":
             return []
         data = self._data.model_copy(update={"train": self._place, "on_bad_row": "skip"})
         used = prepare_dataset(data, recipe, tokenizer)
@@ -111,7 +112,7 @@ class TrainingData:
                 yield number
 
     def _read(self) -> Iterator[Example]:
-        if self._source is None:
+        if self._source is None or self._kind == "documents":
             return
         ledger = Ledger(self._source.name, [file.name for file in self._source.files], skips_faults=True)
         for example, _ in read_examples(self._source, self._data.format, ledger, Position()):
@@ -153,7 +154,7 @@ def choose_questions(
         found = [
             (name, "held-out file", read_evaluation_rows(locate(name, run_dir))) for name in settings.data
         ]
-    elif validation:
+    elif validation and record.data.get("kind") != "documents":
         found = [(validation, "validation file", read_evaluation_rows(locate(validation, run_dir)))]
     elif share:
         found = [(record.data["source"], "validation share", share)]

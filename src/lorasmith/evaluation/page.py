@@ -37,6 +37,7 @@ def render_page(report: Report) -> str:
         "notes": report.notes,
         "settings": report.settings,
         "held_out": held_out,
+        "text": report.text,
         "trained": report.trained,
         "trained_of": report.trained_of,
         "probe": report.probe,
@@ -254,7 +255,8 @@ def _origin(report: Report) -> list[tuple[str, Any]]:
 def _receipt(receipt: dict[str, Any] | None) -> list[tuple[str, str]]:
     if receipt is None:
         return []
-    rows = [("read", f"{receipt['rows_read']:,}"), ("used", f"{receipt['used']:,}")]
+    pieces = f", as {receipt['pieces']:,} pieces" if receipt.get("pieces") else ""
+    rows = [("read", f"{receipt['rows_read']:,}"), ("used", f"{receipt['used']:,}{pieces}")]
     for fate in ("skipped", "failed"):
         rows += [(f"{fate}: {reason}", f"{number:,}") for reason, number in receipt[fate].items()]
     if receipt["truncated"]:

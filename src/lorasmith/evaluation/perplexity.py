@@ -69,8 +69,9 @@ def text_surprise(chat: Chat, passages: Sequence[str]) -> Surprise:
 
 
 @torch.no_grad()
-def _surprise(chat: Chat, examples: Sequence[TokenizedExample]) -> Surprise:
-    total, num_tokens = 0.0, 0
+def surprises(chat: Chat, examples: Sequence[TokenizedExample]) -> list[Surprise]:
+    """Return the loss on the learnt tokens of each of ``examples``, at least one in each."""
+    sums, counts = np.zeros(len(examples)), np.zeros(len(examples), int)
     with chat.answering() as model:
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         asks_with = bare.config._attn_implementation
@@ -81,8 +82,14 @@ def _surprise(chat: Chat, examples: Sequence[TokenizedExample]) -> Surprise:
                 for pack in pack_examples(
                     examples, places, max_tokens=_PACK_TOKENS, share_prefixes=forward.share_prefixes
                 ):
-                    total += forward.summed_loss(pack).item()
-                    num_tokens += pack.num_learnt
+                    sums[list(pack.examples)] = -forward.log_probs(pack).double().cpu().numpy()
+                    counts[list(pack.examples)] = pack.learnt_of
         finally:
             bare.set_attn_implementation(asks_with)
-    return Surprise(total / num_tokens, num_tokens)
+    return [Surprise(total / count, count) for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
+
+
+def _surprise(chat: Chat, examples: Sequence[TokenizedExample]) -> Surprise:
+    each = surprises(chat, examples)
+    num_tokens = sum(one.num_tokens for one in each)
+    return Surprise(sum(one.loss * one.num_tokens for one in each) / num_tokens, num_tokens)

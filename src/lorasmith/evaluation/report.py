@@ -26,12 +26,14 @@ from lorasmith.evaluation.questions import EvaluationRow
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Comparison
 from lorasmith.evaluation.store import KeptChat
+from lorasmith.evaluation.texts import HeldOutText, read_held_out_text
 from lorasmith.evaluation.verdict import (
     Reason,
     Verdict,
     decide,
     judge_against_base,
     judge_forgetting,
+    judge_held_out_text,
     judge_leakage,
     judge_merged,
     judge_right,
@@ -57,7 +59,16 @@ MISSING_HELD_OUT = (
     "out a share of the data before training."
 )
 
+MISSING_TEXT = (
+    "Nothing was held out, so nobody knows whether the model has learnt more than these very texts. "
+    "training.validation_share=0.1 holds out documents before training; data.validation names other texts. Questions "
+    "with answers can be asked as well: lorasmith report --run RUN --data FILE."
+)
+
 Progress = Callable[[str, int, int], None]  # what is asked, answers done, answers asked for
+
+
+_NO_TEXT = Reason("Held-out text", "look closer", "no text was held out", MISSING_TEXT)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Report:
     settings: ReportSettings
     verdict: Verdict
     held_out: HeldOut | None
+    text: HeldOutText | None  # of a run on plain texts
     trained: AnswersReport | None  # training questions, asked of the tuned model
     trained_of: int  # how many there are
     probe: Probe
@@ -190,6 +202,8 @@ def make_report(
         )
     trained = ask(tuned, "tuned, training questions", trained_rows, max_tokens) if trained_rows else None
     general = general_questions()
+    is_of_texts = record.data.get("kind") == "documents"
+    text = read_held_out_text(run_dir, record, untuned, tuned, settings) if is_of_texts else None
     probe = Probe(
         rows=tuple(general),
         base=ask(untuned, "base, general questions", general, PROBE_TOKENS),
@@ -211,7 +225,8 @@ def make_report(
 
     metrics = read_metrics(run_dir / "metrics.jsonl")
     receipt = _read_json(run_dir / "receipt.json")
-    reasons = _find_reasons(
+    reasons = [judge_held_out_text(text, settings) if text else _NO_TEXT] if is_of_texts else []
+    reasons += _find_reasons(
         held_out,
         trained,
         probe,
@@ -222,6 +237,7 @@ def make_report(
             "max_tokens": max_tokens,
             "longest_reference": longest,
         },
+        needs_questions=not is_of_texts,
     )
     if num_leaked := sum(len(question_set.leaked) for question_set in sets) if held_out is None else 0:
         notes.append(
@@ -232,6 +248,7 @@ def make_report(
         settings=settings,
         verdict=decide(reasons),
         held_out=held_out,
+        text=text,
         trained=trained,
         trained_of=record.data["num_examples"],
         probe=probe,
@@ -252,6 +269,8 @@ def _find_reasons(
     metrics: Sequence[dict[str, Any]],
     settings: ReportSettings,
     stopping: dict[str, int],
+    *,
+    needs_questions: bool,
 ) -> list[Reason]:
     """Return what was looked at, each with how grave it is."""
     reasons = []
@@ -267,7 +286,7 @@ def _find_reasons(
             reasons.append(judge_merged(held_out.tuned, held_out.merged))
         if leaked := sum(len(question_set.leaked) for question_set in held_out.sets):
             reasons.append(judge_leakage(leaked, len(held_out.rows)))
-    else:
+    elif needs_questions:
         reasons.append(
             Reason("Right answers", "look closer", "nothing was held out to ask", MISSING_HELD_OUT)
         )
@@ -300,6 +319,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "settings": report.settings.model_dump(mode="json"),
         "verdict": asdict(report.verdict),
         "held_out": report.held_out and _held_out_json(report.held_out),
+        "text": report.text and report.text.to_json(),
         "trained": report.trained and {"of": report.trained_of, **report.trained.to_json()},
         "probe": {
             "base": report.probe.base.to_json(),

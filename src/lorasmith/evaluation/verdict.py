@@ -8,6 +8,7 @@ from lorasmith.evaluation.answers import AnswersReport
 from lorasmith.evaluation.perplexity import Surprise
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Comparison, Count
+from lorasmith.evaluation.texts import HeldOutText
 
 Level = Literal["good", "look closer", "do not ship"]
 Word = Literal["ship", "look closer", "do not ship"]
@@ -147,6 +148,34 @@ def judge_against_base(compared: Comparison, settings: ReportSettings) -> Reason
         "look closer",
         "the questions are too few to tell whether it is better than the base",
         f"{said}. Too few to tell.",
+    )
+
+
+def judge_held_out_text(text: HeldOutText, settings: ReportSettings) -> Reason:
+    """Does text like that which was trained on surprise the model less than it did the base?"""
+    compared, before, after = text.compared, text.base.perplexity, text.tuned.perplexity
+    said = (
+        f"Perplexity on {text.num_read:,} pieces of held-out text: {before:.1f} before, {after:.1f} after; "
+        f"{compared.gained} pieces became easier to tell, {compared.lost} harder (probability of so clear a split by "
+        f"chance: {format_chance(compared.p_value)})"
+    )
+    about = "Held-out text"
+    match compared.outcome(settings.significance):
+        case "better":
+            brief = f"text like that which it learnt surprises it less (perplexity {before:.1f} before, {after:.1f} after)"
+            return Reason(about, "good", brief, f"{said}.")
+        case "worse":
+            return Reason(
+                about,
+                "do not ship",
+                "text like that which it learnt surprises it more than the base",
+                f"{said}. It has learnt its texts by heart, or diverged: a lower learning rate, or fewer epochs.",
+            )
+    return Reason(
+        about,
+        "look closer",
+        "whether text like that which it learnt surprises it less cannot be told",
+        f"{said}. More held-out text tells more: training.validation_share, or data.validation.",
     )
 
 

@@ -78,6 +78,12 @@ def make_card(
     stop = ", ".join(f"`{text}`" for text in record.recipe.get("stop", ()))
     stop = f" and stops at {stop}" if stop else ""
     versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
+    recipe = record.recipe.get("name", "unknown")
+    how = (
+        f"It was trained with the prompt recipe `{recipe}`{stop}; asked in another form it answers\nworse."
+        if record.data.get("kind") != "documents"
+        else f"It was trained on plain texts, without a template, and is asked by the prompt recipe `{recipe}`{stop}."
+    )
     measured = _measured(report) if report else f"## What is not known\n\n{NOT_MEASURED}"
     use = _use_here(method) if place is None else _use_pushed(place, record, method, is_whole)
     holds = "lorasmith.json" if place and is_whole else "run.json"
@@ -97,8 +103,7 @@ def make_card(
 
 {use}
 
-It was trained with the prompt recipe `{record.recipe.get("name", "unknown")}`{stop}; asked in another form it answers
-worse. `{holds}` holds the recipe, and lorasmith asks by it.
+{how} `{holds}` holds the recipe, and lorasmith asks by it.
 
 Made with {versions}.
 """
@@ -175,6 +180,8 @@ def _measured(report: dict[str, Any]) -> str:
         f"- **{reason['about']}** ({reason['level']}): {reason['text']}" for reason in verdict["reasons"]
     )
     rows: list[tuple[str, ...]] = []
+    if text := report.get("text"):
+        rows.append(("perplexity of held-out text", *(_perplexity(text[s]) for s in ("base", "tuned")), "-"))
     if held_out:
         sides = [held_out["base"], held_out["tuned"], held_out["merged"]]
         rows.append(("right answers, held-out questions", *(_count(side, "right") for side in sides)))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lorasmith.data.sources import LocalFile, open_source
 from lorasmith.errors import HubError
 from lorasmith.export.card import base_on_hub, make_card, make_data_card, read_report
-from lorasmith.export.secrets import Finding, find_in_rows, find_in_text, first_findings, without_places
+from lorasmith.export.secrets import Finding, find_in_data, find_in_text, first_findings, without_places
 from lorasmith.files import CHECKSUMS, find_damage, sha256_of, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, WEIGHTS, check_finite_weights, read_adapter_config
 from lorasmith.model.base import BaseRef, fingerprint_weights, weight_files
@@ -229,7 +229,7 @@ def _stage_data(record: RunRecord, folder: Path) -> list[str]:
         raise HubError(
             f"The training data of {record.name} ({train}) are not on this machine: nothing to push."
         )
-    source = open_source(train)
+    source = open_source(train, kind=record.data.get("kind", "answers"))
     if source.fingerprint() != record.data.get("fingerprint"):
         raise HubError(
             f"The training data in {train} have changed since the run {record.name} was trained on them."
@@ -258,7 +258,7 @@ def _look_through(folder: Path, record: RunRecord) -> Iterator[Finding]:
             yield from find_in_text(path.read_text("utf-8", errors="replace"), path.name)
     train = record.settings.get("data", {}).get("train")
     if train and Path(train).exists():
-        yield from find_in_rows(train)
+        yield from find_in_data(train, record.data.get("kind", "answers"))
 
 
 def _check_taken(place: str, is_private: bool, old: set[str], is_public: bool, overwrite: bool) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.data.sources import Row, read_rows
+from lorasmith.data.documents import Document
+from lorasmith.data.settings import RowKind
+from lorasmith.data.sources import Position, Row, open_source
 from lorasmith.errors import DataError
 
 _PATTERNS = {
@@ -38,18 +40,23 @@ class Finding:
         return f"{self.where}: {self.kind} ({self.shown})"
 
 
-def find_in_text(text: str, where: str) -> Iterator[Finding]:
+def find_in_text(text: str, where: str, first_line: int = 1) -> Iterator[Finding]:
     """Yield what each line of ``text`` holds."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=first_line):
         yield from _find(line, f"{where}:{number}")
 
 
-def find_in_rows(source: str) -> Iterator[Finding]:
-    """Yield what the rows of a data source hold; nothing if it can no longer be read."""
+def find_in_data(source: str, kind: RowKind = "answers") -> Iterator[Finding]:
+    """Yield what the rows or texts of a data source hold; nothing if it can no longer be read."""
     try:
-        for row in read_rows(source):
-            if isinstance(row, Row):
-                yield from _find(json.dumps(row.fields, ensure_ascii=False, default=str), row.where)
+        for file in open_source(source, kind=kind).files:
+            for item in file.rows(Position()):
+                if isinstance(item, Row):
+                    yield from _find(json.dumps(item.fields, ensure_ascii=False, default=str), item.where)
+                elif isinstance(item, Document):
+                    for part in item.parts(Position()):
+                        name, _, line = part.where.rpartition(":")
+                        yield from find_in_text(part.messages[0].content, name, first_line=int(line))
     except DataError:
         return
 

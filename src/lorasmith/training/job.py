@@ -194,6 +194,7 @@ def prepare_job(
         settings=settings,
         data={
             "source": data.train,
+            "kind": objective.kind,
             "fingerprint": all_rows.fingerprint,
             "validation_fingerprint": validation.fingerprint if data.validation and validation else None,
             "tokenizer_fingerprint": hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest(),
