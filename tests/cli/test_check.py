@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from lorasmith.cli.check import command
-from lorasmith.errors import DataError
+from lorasmith.errors import DataError, SettingsError
 
 GOOD = [
     {"instruction": "When is payday?", "output": "On the 1st."},
@@ -33,6 +33,22 @@ def check(tmp_path, tiny_base_folder, capsys, monkeypatch):
         return code, capsys.readouterr().out
 
     return check
+
+
+def test_texts_are_shown_as_pieces(check):
+    texts = [{"text": "The office is in Saigon.\n\n" * 20}, {"text": "Payday is the 1st."}]
+    code, shown = check(texts, text=True, max_seq_len=64)
+    assert code == 0
+    assert "2 │ used, as 8 pieces; 1 longer than max_seq_len, cut where paragraphs end" in shown
+    assert "texts are learnt without a template" in shown
+    assert "Tokens of a piece" in shown
+    assert "prompt (not learnt)" not in shown
+    assert shown.rstrip().endswith("objective.name=text")
+
+
+def test_rows_are_pairs_or_texts(check):
+    with pytest.raises(SettingsError, match="Give one"):
+        check([], text=True, pairs=True)
 
 
 def test_good_rows_are_shown_and_the_code_is_0(check, tiny_base_folder):

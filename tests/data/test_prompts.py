@@ -242,7 +242,7 @@ def test_the_choice_is_chat_where_there_is_a_chat_template(tiny_tokenizer, tmp_p
     file.write_text("Q: {{ instruction }}\nA:")
     made, reason = choose_recipe(PromptSettings(recipe=str(file)), tiny_tokenizer)
     assert (made.name, made.template, reason) == ("short", "Q: {{ instruction }}\nA:", "as set")
-    with pytest.raises(SettingsError, match=r"missing\.jinja.*auto, alpaca or chat"):
+    with pytest.raises(SettingsError, match=r"missing\.jinja.*auto, alpaca, chat or text"):
         choose_recipe(PromptSettings(recipe=str(tmp_path / "missing.jinja")), tiny_tokenizer)
 
 

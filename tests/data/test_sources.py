@@ -32,9 +32,11 @@ def test_a_wrong_path_names_the_nearest_files(tmp_path):
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"is a \.txt; lorasmith reads \.json, \.jsonl, \.csv, \.parquet"):
-        open_source(tmp_path / "notes.txt")
+    (tmp_path / "notes.pdf").touch()
+    with pytest.raises(DataError, match=r"is a \.pdf; lorasmith reads \.json, \.jsonl, \.csv, \.parquet, a"):
+        open_source(tmp_path / "notes.pdf")
+    with pytest.raises(DataError, match=r"reads \.json, .*\.txt, \.md, a folder"):
+        open_source(tmp_path / "notes.pdf", kind="documents")
 
 
 @pytest.mark.parametrize("path", ["notes.md", "./data", "a/b/c", "../x", "C:\\data"])

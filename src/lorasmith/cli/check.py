@@ -50,7 +50,7 @@ def command(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A .json, .jsonl, .csv or .parquet file, with --text also .txt or .md; a folder, or a Hub data set id.",
+            help="A .json, .jsonl, .csv, .parquet (with --text .txt, .md) file, a folder, or a Hub data set id.",
         ),
     ],
     model: Annotated[
@@ -87,7 +87,9 @@ def command(
     from lorasmith.training.settings import TrainingSettings
 
     if pairs and text:
-        raise SettingsError("--pairs and --text were given: rows are pairs of answers or plain texts. Give one.")
+        raise SettingsError(
+            "--pairs and --text were given: rows are pairs of answers or plain texts. Give one."
+        )
     kind: RowKind = "pairs" if pairs else "documents" if text else "answers"
     settings = DataSettings(
         train=data,
@@ -152,7 +154,7 @@ def _print_receipt(receipt: "Receipt") -> None:
     table.add_column("what became of them")
     cut = f", {receipt.truncated:,} cut" if receipt.truncated else ""
     if receipt.pieces:
-        cut = f", as {receipt.pieces:,} pieces; {receipt.divided:,} longer than max_seq_len, cut at ends of paragraphs"
+        cut = f", as {receipt.pieces:,} pieces; {receipt.divided:,} longer than max_seq_len, cut where paragraphs end"
     table.add_row(f"{receipt.used:,}", f"[green]used[/]{cut}")
     for reason, count in receipt.skipped.items():
         table.add_row(
@@ -233,10 +235,12 @@ def _print_first_example(dataset: "TokenizedDataset", prompt: "PromptRecipe", re
     how = "green" if has_colour else "in 「 」"
     example = dataset[0]
     title = f"What the model sees of {escape(example.where)}; what it learns is {how}"
-    asked = " It is for asking only: texts are learnt without a template." if dataset.documents is not None else ""
-    console.print(
-        f"Prompt recipe: [bold]{escape(prompt.name)}[/] ({escape(reason)}).{asked}", soft_wrap=True
+    asked = (
+        " It is for asking only: texts are learnt without a template."
+        if dataset.documents is not None
+        else ""
     )
+    console.print(f"Prompt recipe: [bold]{escape(prompt.name)}[/] ({escape(reason)}).{asked}", soft_wrap=True)
     console.print(Panel(preview(example, tokenizer, has_colour=has_colour), title=title, title_align="left"))
     console.print()
 

@@ -331,10 +331,8 @@ def _read_chunks(
         yield _Chunk(key, wheres, rejected, tuple(is_part), num_rows, share), conversations
 
 
-def _take_shard(
-    examples: Iterator[tuple[Example, bytes]], kind: RowKind
-) -> Iterator[tuple[Example, bytes]]:
-    """Yield the examples of the next shard: an even number, so that no pair is torn; of documents not too many letters."""
+def _take_shard(examples: Iterator[tuple[Example, bytes]], kind: RowKind) -> Iterator[tuple[Example, bytes]]:
+    """Yield the examples of the next shard: an even number, so that no pair is torn; of documents so many letters."""
     num_chars = 0
     for example in itertools.islice(examples, SHARD_ROWS):
         yield example

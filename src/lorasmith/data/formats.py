@@ -70,7 +70,7 @@ class Format:
             RowProblem: the row has nothing to learn, or is of another format.
         """
         messages = self.read(fields)
-        if self.kind == "answers":
+        if self.kind != "pairs":
             return (Example(messages, where),)
         rejected = _checked(_side(fields, "rejected"))
         if rejected[:-1] != messages[:-1]:
@@ -275,9 +275,7 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _text(
-    fields: Mapping[str, Any], key: str, what: str, forbidden: re.Pattern[str] = _CONTROL
-) -> str:
+def _text(fields: Mapping[str, Any], key: str, what: str, forbidden: re.Pattern[str] = _CONTROL) -> str:
     """Return a field that must be text with something in it.
 
     Raises:

@@ -357,9 +357,7 @@ class PromptRecipe:
         return render_template(self.template, variables)
 
 
-def choose_recipe(
-    settings: PromptSettings, tokenizer, kind: RowKind = "answers"
-) -> tuple[PromptRecipe, str]:
+def choose_recipe(settings: PromptSettings, tokenizer, kind: RowKind = "answers") -> tuple[PromptRecipe, str]:
     """Return the recipe that ``settings`` name for this tokenizer, and the reason in words for the screen.
 
     ``kind``: what is learnt. Of "documents" the recipe says how the tuned model is asked.

@@ -85,7 +85,9 @@ def _read_documents(
             document = item
             if not isinstance(item, Document):
                 examples = _read_item(item, row_format, ledger)
-                document = document_of(examples[0].messages[0].content, examples[0].where) if examples else None
+                document = (
+                    document_of(examples[0].messages[0].content, examples[0].where) if examples else None
+                )
             if not isinstance(document, Document):
                 continue
             where = first_seen.setdefault(document.digest, document.where)

@@ -161,11 +161,10 @@ def _files_of_folder(folder: Path) -> tuple[LocalFile, ...]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not paths:
-        texts = any(path.suffix.lower() in TEXT_READERS for path in folder.rglob("*"))
-        way_out = (
-            f" It holds texts ({_TEXT_SUFFIXES}): objective.name=text learns them from the first to the last token."
-        )
-        raise DataError(f"The folder {folder} holds no data file ({_SUFFIXES}).{way_out if texts else ''}")
+        way_out = ""
+        if any(path.suffix.lower() in TEXT_READERS for path in folder.rglob("*")):
+            way_out = f" It holds texts ({_TEXT_SUFFIXES}): objective.name=text learns every token of them."
+        raise DataError(f"The folder {folder} holds no data file ({_SUFFIXES}).{way_out}")
     return tuple(LocalFile(path, path.relative_to(folder).as_posix()) for path in paths)
 
 
@@ -178,14 +177,14 @@ def _open_text_folder(folder: Path) -> Source:
             continue
         if any(part.startswith(".") for part in name.parts):
             left_out["hidden"].append(name)
-        elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        elif path.exists() and not path.resolve().is_relative_to(folder.resolve()):
             left_out["a link out of the folder"].append(name)
         elif not path.is_file():
-            left_out["a link to nothing, or no file"].append(name)
+            left_out["a link to nothing" if path.is_symlink() else "no file"].append(name)
         elif path.suffix.lower() in _ALL_READERS:
             files.append(LocalFile(path, name.as_posix()))
         else:
-            left_out[f"no {', '.join(_ALL_READERS)}"].append(name)
+            left_out[f"of another kind than {', '.join(_ALL_READERS)}"].append(name)
     notes = tuple(f"not read, {why}: {_count_names(names)}" for why, names in left_out.items())
     if not files:
         found = f" What is there is {'; '.join(notes)}." if notes else ""

@@ -86,7 +86,9 @@ def surprises(chat: Chat, examples: Sequence[TokenizedExample]) -> list[Surprise
                     counts[list(pack.examples)] = pack.learnt_of
         finally:
             bare.set_attn_implementation(asks_with)
-    return [Surprise(total / count, count) for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
+    return [
+        Surprise(total / count, count) for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def _surprise(chat: Chat, examples: Sequence[TokenizedExample]) -> Surprise:

@@ -23,7 +23,7 @@ from lorasmith.training.settings import TrainingSettings
 
 @dataclass(frozen=True, slots=True)
 class HeldOutText:
-    """Pieces of text that were not trained on, read by both sides; ``compared`` counts pieces by who reads them better."""
+    """Pieces of text that were not trained on, read by both; ``compared`` counts them by whom they surprise less."""
 
     name: str
     kind: Kind
@@ -100,9 +100,7 @@ def _find_texts(run_dir: Path, record: RunRecord, side: KeptChat) -> tuple[Kind,
     if not training.validation_share:
         return None
     try:
-        texts = prepare_dataset(
-            data, recipe, tokenizer, kind="documents", source=locate(data.train, run_dir)
-        )
+        texts = prepare_dataset(data, recipe, tokenizer, kind="documents", source=locate(data.train, run_dir))
     except DataError:  # gone, which a note of the report says
         return None
     if texts.fingerprint != record.data["fingerprint"]:

@@ -162,7 +162,9 @@ def judge_held_out_text(text: HeldOutText, settings: ReportSettings) -> Reason:
     about = "Held-out text"
     match compared.outcome(settings.significance):
         case "better":
-            brief = f"text like that which it learnt surprises it less (perplexity {before:.1f} before, {after:.1f} after)"
+            brief = (
+                f"text like that which it learnt surprises it less (perplexity {before:.1f}, now {after:.1f})"
+            )
             return Reason(about, "good", brief, f"{said}.")
         case "worse":
             return Reason(

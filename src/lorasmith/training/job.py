@@ -30,9 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
 from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
+from lorasmith.data.receipt import Receipt
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.sources import open_source
-from lorasmith.data.receipt import Receipt
 from lorasmith.data.tokens import TokenizedExample, documents_of, num_rows, tokenizer_json
 from lorasmith.data.workers import count_cores
 from lorasmith.engine.compilation import choose_compilation

@@ -138,5 +138,5 @@ def _pick_documents(documents: np.ndarray, most: int, rng: np.random.Generator) 
     for place in rng.permutation(len(names)):
         if sizes[place] <= most:
             chosen.append(names[place])
-            most -= sizes[place]
+            most -= int(sizes[place])
     return set(np.flatnonzero(np.isin(documents, chosen)).tolist())

@@ -110,7 +110,8 @@ class ObjectiveSettings(BaseModel):
 
     name: ObjectiveName = Field(
         default="sft",
-        description="sft: answers; text: every token of plain texts; dpo, ipo, orpo, simpo: pairs of a chosen and a rejected answer",
+        description="sft: answers; text: every token of plain texts; dpo, ipo, orpo, simpo: pairs of a chosen and a "
+        "rejected answer",
     )
     beta: float | None = Field(
         default=None,
