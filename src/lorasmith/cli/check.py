@@ -154,7 +154,7 @@ def _print_receipt(receipt: "Receipt") -> None:
     table.add_column("what became of them")
     cut = f", {receipt.truncated:,} cut" if receipt.truncated else ""
     if receipt.pieces:
-        cut = f", as {receipt.pieces:,} pieces; {receipt.divided:,} longer than max_seq_len, cut where paragraphs end"
+        cut = f", as {receipt.pieces:,} pieces; {receipt.divided:,} cut where paragraphs end"
     table.add_row(f"{receipt.used:,}", f"[green]used[/]{cut}")
     for reason, count in receipt.skipped.items():
         table.add_row(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "text"]
+FormatName = Literal["auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference"]
 RowKind = Literal["answers", "pairs", "documents"]  # what a row teaches: see formats.py
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
