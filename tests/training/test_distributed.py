@@ -8,20 +8,22 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from lorasmith.engine.settings import EngineSettings
-from lorasmith.errors import SettingsError
+from lorasmith.errors import BaseModelError, SettingsError
 from lorasmith.model.method_settings import DoraSettings, LoraSettings
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.distributed import divide
 from lorasmith.training.reporters import read_metrics
 from lorasmith.training.settings import OutputSettings
-from lorasmith.training.sharding import check_sharding
+from lorasmith.training.sharding import _packed_bytes, check_gathered, check_sharding
 
 from .team_member import train_as
 
@@ -34,7 +36,8 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 def processes():
     """A server that has imported everything once: each process is forked from it in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.team_member", "lorasmith.training.job"])
+    # bitsandbytes is an extra: where it is not installed, nothing is preloaded for it.
+    context.set_forkserver_preload(["tests.training.team_member", "lorasmith.training.job", "bitsandbytes"])
     return context
 
 
@@ -156,16 +159,38 @@ def test_what_does_not_go_with_a_sharded_base_is_refused_all_at_once():
     output = OutputSettings(sample_questions=("Why?",))
     check_sharding(EngineSettings(), DoraSettings(), BaseSettings(quantization="nf4"), output)
     check_sharding(EngineSettings(shard_base=True), LoraSettings(), BaseSettings(), OutputSettings())
+    check_sharding(
+        EngineSettings(shard_base=True), LoraSettings(), BaseSettings(quantization="nf4"), OutputSettings()
+    )
     with pytest.raises(SettingsError) as refused:
-        check_sharding(engine, DoraSettings(), BaseSettings(quantization="nf4"), output)
+        check_sharding(engine, DoraSettings(), BaseSettings(quantization="int8"), output)
     for fault in (
         "method.name is dora",
-        "base.quantization is nf4",
+        "base.quantization is int8: its weights are no floats",
         "run.sample_questions",
         "engine.compile",
     ):
         assert f"  - {fault}" in str(refused.value)
     assert "leave it out: a base that fits one GPU trains faster whole" in str(refused.value)
+
+
+def test_four_bits_that_come_back_otherwise_are_noticed():
+    class Layer(torch.nn.Module):
+        quant_state = "scales"
+        weight = torch.tensor([[1.0], [float("nan")]])
+
+        def unshard(self):
+            pass
+
+        reshard = unshard
+
+    layer, model = Layer(), Mock()
+    model.get_base_model().get_decoder().layers = [layer]
+    packed = _packed_bytes(layer)
+    check_gathered(model, packed)
+    layer.weight = torch.tensor([[1.0], [-float("nan")]])
+    with pytest.raises(BaseModelError, match="changed the bytes of 4-bit weights"):
+        check_gathered(model, packed)
 
 
 def can_make_machines():
@@ -248,3 +273,26 @@ def test_a_sharded_base_gives_the_same_adapter(processes, words, tmp_path, alone
     assert [said for _, said in outcomes] == ["end"] * 2
     assert outcomes[0][0] == outcomes[1][0]
     assert_same_run(tmp_path / "run", outcomes[0][0], alone)
+
+
+@pytest.mark.parametrize(
+    ("base", "count_whole"),
+    [
+        ("base.quantization=nf4", 1),
+        # In other packs bfloat16 rounds otherwise, and two processes cut other packs than one.
+        ("base.dtype=bfloat16", 2),
+    ],
+)
+def test_a_sharded_base_in_fewer_bits_gives_the_adapter_of_the_whole_one(
+    processes, words, tmp_path, base, count_whole
+):
+    if "nf4" in base:
+        pytest.importorskip("bitsandbytes")
+    words = [*words, base, "training.epochs=1", "engine.gradient_checkpointing=true"]
+    teams = [
+        Members(processes, count_whole, words, tmp_path / "whole"),
+        Members(processes, 2, [*words, "engine.shard_base=true"], tmp_path / "sharded"),
+    ]
+    outcomes = [[team.until_end(rank) for rank in range(len(team.processes))] for team in teams]
+    assert [said for team in outcomes for _, said in team] == ["end"] * (count_whole + 2)
+    assert_same_run(tmp_path / "sharded", outcomes[1][0][0], (tmp_path / "whole", outcomes[0][0][0]))

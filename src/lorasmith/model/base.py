@@ -175,11 +175,12 @@ def load_base(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
+    can_be_cut: bool = False,
 ) -> "PreTrainedModel":
     """Return the model on ``choice.device`` in ``choice.dtype``, frozen and in eval mode.
 
     Its ``name_or_path`` is the base's portable name, so that an adapter saved from it opens elsewhere. A
-    quantised one is there to be trained on.
+    quantised one is there to be trained on; ``can_be_cut`` packs its 4 bits so that they can be sharded.
 
     Raises:
         MissingExtraError: ``quantization`` needs bitsandbytes.
@@ -189,7 +190,7 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    how = loading_options(quantization, choice.device, choice.dtype)
+    how = loading_options(quantization, choice.device, choice.dtype, can_be_cut=can_be_cut)
     with quiet_loading():
         try:
             loaded = AutoModelForCausalLM.from_pretrained(

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def loading_options(kind: Quantization, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+def loading_options(
+    kind: Quantization, device: "torch.device", dtype: "torch.dtype", *, can_be_cut: bool = False
+) -> dict[str, Any]:
     """Return what ``from_pretrained`` is told to load a base so; products are computed in ``dtype``.
+
+    ``can_be_cut`` keeps the same packed bytes as float32 numbers: torch shards nothing else beside float32 norms.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -38,6 +42,7 @@ def loading_options(kind: Quantization, device: "torch.device", dtype: "torch.dt
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,  # bitsandbytes computes in float32 unless told
+            bnb_4bit_quant_storage="float32" if can_be_cut else "uint8",
         )
     return {"quantization_config": config, "device_map": {"": device}}
 

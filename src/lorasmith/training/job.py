@@ -68,7 +68,7 @@ from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
-from lorasmith.training.sharding import check_sharding, shard_base
+from lorasmith.training.sharding import check_gathered, check_sharding, shard_base
 
 Say = Callable[[str], None]
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
@@ -213,7 +213,11 @@ def prepare_job(
     where = replace(choice, device=torch.device("cpu")) if is_sharded else choice
     with team.in_turn() if is_sharded else nullcontext():
         loaded = load_base(
-            resolved, where, trust_remote_code=base.trust_remote_code, quantization=base.quantization
+            resolved,
+            where,
+            trust_remote_code=base.trust_remote_code,
+            quantization=base.quantization,
+            can_be_cut=is_sharded,
         )
         if isinstance(method, FullSettings):
             model = train_all_weights(loaded)
@@ -221,8 +225,10 @@ def prepare_job(
             model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
         if is_sharded:
             assert isinstance(model, PeftModel), "check_sharding lets nothing else through"
-            shard_base(model, team, choice.device)
+            packed = shard_base(model, team, choice.device)
             engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
+    if is_sharded:
+        check_gathered(model, packed)
     config = loaded.config.get_text_config()
     engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
     settled = _recorded_fit(then, training, engine)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import fully_shard
 
 from lorasmith.engine.settings import EngineSettings
-from lorasmith.errors import SettingsError
+from lorasmith.errors import BaseModelError, SettingsError
 from lorasmith.model.method_settings import MethodSettings
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.distributed import Team
@@ -36,8 +36,10 @@ def check_sharding(
     faults = []
     if method.name != "lora":
         faults.append(f"method.name is {method.name}: only lora was proven to give the same adapter")
-    if base.quantization != "none":
-        faults.append(f"base.quantization is {base.quantization}: its packed weights cannot be cut here")
+    if base.quantization == "int8":
+        faults.append(
+            "base.quantization is int8: its weights are no floats, and torch cuts only floats; nf4 goes"
+        )
     if output.sample_questions:
         faults.append("run.sample_questions are asked by one process, and a layer needs all of them")
     if engine.compile is True:
@@ -50,17 +52,54 @@ def check_sharding(
         )
 
 
-def shard_base(model: PeftModel, team: Team, device: torch.device) -> None:
-    """Keep this process's part of the frozen weights of every decoder layer on ``device``, all the rest whole there."""
+def shard_base(model: PeftModel, team: Team, device: torch.device) -> list[torch.Tensor]:
+    """Keep this process's part of the frozen weights of every decoder layer on ``device``, all the rest whole there.
+
+    Nothing is sent yet. What is returned is for :func:`check_gathered`.
+    """
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
     mesh = team.mesh(device)
+    packed = _packed_bytes(decoder.layers[0])
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     # The outermost one orders the gathering of the layers inside; of its own it cuts nothing.
     fully_shard(decoder, mesh=mesh, ignored_params=set(own_parameters(decoder)) | whole)
+    for module in model.modules():
+        # The scales of 4-bit weights, a thirtieth of their size, stay whole beside them: no parameter of torch.
+        if (scales := getattr(module, "quant_state", None)) is not None:
+            scales.to(device)
     model.to(device)
+    return packed
+
+
+def _packed_bytes(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Return a copy of the bytes of a layer's 4-bit weights; of other weights there are none."""
+    return [
+        module.weight.detach().cpu().view(torch.uint8).clone()  # type: ignore[union-attr, operator]
+        for module in layer.modules()
+        if getattr(module, "quant_state", None) is not None
+    ]
+
+
+def check_gathered(model: Any, packed: list[torch.Tensor]) -> None:
+    """Raise BaseModelError unless 4-bit weights, cut and gathered as if they were floats, come back bit for bit.
+
+    Many of these bytes read as NaN, and a copy may write another NaN (bitsandbytes' issue 1945, of bfloat16 storage).
+    Of the first layer; all processes must call this at the same time.
+    """
+    if not packed:
+        return
+    layer = model.get_base_model().get_decoder().layers[0]
+    layer.unshard()
+    gathered = _packed_bytes(layer)
+    layer.reshard()
+    if not all(map(torch.equal, packed, gathered)):
+        raise BaseModelError(
+            "Sharding changed the bytes of 4-bit weights on this machine. Use base.quantization=none, or leave "
+            "engine.shard_base out."
+        )
 
 
 def own_parameters(decoder: torch.nn.Module) -> list[torch.nn.Parameter]:
