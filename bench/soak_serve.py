@@ -176,7 +176,11 @@ class Soak:
                     ("unload", {"lora_name": name}),
                     ("load", {"lora_name": name, "lora_path": str(self.adapters[name])}),
                 ):
-                    reply = await client.post(f"{self.url}/v1/{what}_lora_adapter", json=values)
+                    try:
+                        reply = await client.post(f"{self.url}/v1/{what}_lora_adapter", json=values)
+                    except httpx2.HTTPError as fault:
+                        self._lose(f"{what}: {type(fault).__name__}: {fault}")
+                        continue
                     if reply.status_code != 200:
                         self._lose(f"{what}: {reply.status_code} {reply.text[:200]}")
                     self.became[f"adapter: {what}"] += 1

@@ -18,6 +18,7 @@ from lorasmith.errors import LorasmithError
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import AnswerWriter, FinishReason
+from lorasmith.model.memory import give_back_freed_memory
 from lorasmith.serve.adapters import AdaptedRows, LoraWeights
 from lorasmith.serve.beginnings import Beginning, Beginnings, count_usable
 from lorasmith.serve.guide import Guide
@@ -285,6 +286,7 @@ class Batch:
         """Drop what is kept of an adapter that no row has."""
         self.beginnings.forget(adapter)
         self._adapters.forget(adapter)
+        give_back_freed_memory()  # each adapter is read by another thread, and glibc keeps what was freed by thread
 
     def drop(self) -> list[Row]:
         """Give up all rows and all memory, after a fault."""

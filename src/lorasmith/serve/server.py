@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from lorasmith.errors import SettingsError
 from lorasmith.serve.settings import ServeSettings
 
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection: who asks last must not meet its end
 TELLING_SECONDS = 5  # for clients to be told that their answers will not be finished
 
 
@@ -38,6 +39,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=settings.drain_seconds + TELLING_SECONDS,
             server_header=False,
         )
