@@ -53,8 +53,8 @@ def objective_of(settings: ObjectiveSettings, model, forward, pairs) -> Preferen
     return Preference(settings, references)
 
 
-def run(pairs, folder, settings=SETTINGS, **objective):
-    model = make_adapted()
+def run(pairs, folder, settings=SETTINGS, model=None, **objective):
+    model = model or make_adapted()
     forward = PackForward(model, EngineSettings())
     learns = objective_of(ObjectiveSettings(**objective), model, forward, pairs)
     reports = list(
@@ -131,16 +131,20 @@ def test_ten_steps_equal_the_formula_in_plain_torch(name, tmp_path):
         assert torch.allclose(weights_of(ours)[key], weight, rtol=1e-5, atol=1e-5), key
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo")])
-def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+
+
+def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int, start=None):
+    """Train ``model`` by DPOTrainer on the pairs in our order; return its losses, and its gradients of each step.
+
+    ``start``: weights of the adapter to begin with. TRL's reference is the adapter as it was given, here the base.
+    """
     import datasets
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    pairs = make_pairs(20)
     order = order_steps(pairs, SETTINGS)
-    rows = [example // 2 for step in range(10) for example in order.examples_of(step)[::2]]
+    rows = [example // 2 for step in range(num_steps) for example in order.examples_of(step)[::2]]
     prompt = 14
     dataset = datasets.Dataset.from_list(
         [
@@ -152,7 +156,7 @@ def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
             for row in rows
         ]
     )
-    losses = []
+    losses, gradients = [], []
 
     class Recording(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -166,8 +170,15 @@ def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
             losses.append(loss.item())
             return loss
 
+    class Gradients(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            model.load_state_dict(start or {}, strict=False)
+
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.append(gradients_of(model))
+
     arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"),
+        output_dir=str(folder),
         per_device_train_batch_size=4,
         num_train_epochs=1,
         learning_rate=1e-2,
@@ -183,16 +194,53 @@ def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
         beta=0.1,
         loss_type=[loss_type],
     )
-    theirs = make_adapted()
-    theirs.get_base_model().set_attn_implementation("sdpa")
-    theirs.get_base_model().name_or_path = "tiny"
-    Recording(theirs, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer).train()
+    model.get_base_model().set_attn_implementation("sdpa")
+    model.get_base_model().name_or_path = "tiny"
+    trainer = Recording(
+        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Gradients()]
+    )
+    trainer.train()
+    return losses, gradients
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    return {
+        n: p.grad.detach().clone() for n, p in model.named_parameters() if "lora" in n and ".default." in n
+    }
+
+
+@needs_trl
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
+    pairs, theirs = make_pairs(20), make_adapted()
+    losses, _ = train_by_trl(theirs, pairs, tmp_path / "trl", tiny_tokenizer, loss_type, 10)
     ours, reports = run(pairs, tmp_path / "ours", name=name)
     assert len(losses) == 10
     assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
     trained = weights_of(theirs)
     for key, weight in weights_of(ours).items():
         assert torch.allclose(weight, trained[key], rtol=1e-5, atol=1e-5), key
+
+
+@needs_trl
+@pytest.mark.filterwarnings("ignore")
+def test_every_gradient_of_a_step_equals_trl(tmp_path, tiny_tokenizer):
+    pairs, ours = make_pairs(4), make_adapted()
+    torch.manual_seed(2)
+    with torch.no_grad():  # at its start an adapter's B is zero, and so is the gradient of A
+        for parameter in ours.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    folder, start = tmp_path / "trl", weights_of(ours)
+    _, (expected,) = train_by_trl(make_adapted(), pairs, folder, tiny_tokenizer, "sigmoid", 1, start)
+    settings = SETTINGS.model_copy(update={"max_steps": 1})
+    run(pairs, tmp_path / "ours", settings, ours, name="dpo")
+    found = gradients_of(ours)
+    assert found.keys() == expected.keys()
+    for key, gradient in found.items():
+        assert expected[key].norm() > 0, key
+        assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
 
 
 def test_a_cut_into_packs_changes_nothing_and_tears_no_pair(tmp_path):
