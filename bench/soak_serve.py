@@ -7,7 +7,8 @@ Against a lorasmith serve of its own with four random adapters. Each client, aga
 length to a random model, greedy or sampled, streamed or whole; a tenth ask for JSON of a schema; a fifth leave in the
 middle; adapters are unloaded and loaded meanwhile; the queue is short, so that some are told to come again (429).
 Every request must end as one of: answered, left by its client, told to come again, or its adapter just unloaded
-(404). Anything else is lost, and the program ends with 1. Memory is the server's resident set, every second.
+(404). Anything else is lost, and the program ends with 1. Memory is what the server holds for itself, every
+second: its resident set less the pages of files, which the system takes back when it needs them.
 """
 
 import argparse
@@ -98,7 +99,8 @@ class Soak:
         changer = asyncio.create_task(self._change_adapters(random.Random(self.options.seed), end))
         start = time.monotonic()
         while time.monotonic() < end:
-            memory.append((round(time.monotonic() - start, 1), server.memory_info().rss))
+            held = server.memory_info()
+            memory.append((round(time.monotonic() - start, 1), held.rss - held.shared))
             await asyncio.sleep(1)
         await asyncio.gather(*clients, changer)
         await asyncio.sleep(2)  # cancelled rows leave before the next token
