@@ -1,11 +1,13 @@
 """Preference losses equal TRL's and plain formulas, in packs whose pairs share their prompt; bad data is refused."""
 
+import contextlib
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
 from lorasmith.engine.forward import PackForward
@@ -73,6 +75,30 @@ def run(pairs, folder, settings=SETTINGS, model=None, **objective):
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n and ".default." in n}
+
+
+@contextlib.contextmanager
+def gradients_of_steps():
+    """The gradient of each step of whatever optimizer, all weights in one vector."""
+    found = []
+
+    def note(optimizer, args, kwargs):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        found.append(torch.cat([w.grad.detach().flatten().clone() for w in weights if w.grad is not None]))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def same_gradients(expected, found) -> None:
+    """The first within 1e-5 of its length; the later ones follow from weights that have been rounded in between."""
+    assert len(expected) == len(found) == 10
+    apart = [float((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True)]
+    assert apart[0] < 1e-5, apart
+    assert max(apart) < 1e-3, apart
 
 
 def plain_log_prob(model, example) -> torch.Tensor:

@@ -41,7 +41,12 @@ _MOST_ROWS_TO_GROUP = 100_000  # counting takes 20 microseconds a row
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
 _BAR_WIDTH = 40
-_UNITS = {"answers": "examples", "pairs": "pairs", "documents": "pieces"}  # what a step counts
+_UNITS = {
+    "answers": "examples",
+    "pairs": "pairs",
+    "labelled": "answers",
+    "documents": "pieces",
+}  # what a step counts
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -61,6 +66,10 @@ def command(
         typer.Option(
             "--pairs", help="Rows of two answers, the better one named: objective.name=dpo and others."
         ),
+    ] = False,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Answers labelled true or false, or pairs: objective.name=kto."),
     ] = False,
     text: Annotated[
         bool, typer.Option("--text", help="Plain texts, every token of which is learnt: objective.name=text.")
@@ -86,11 +95,14 @@ def command(
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.training.settings import TrainingSettings
 
-    if pairs and text:
+    given = [
+        name for name, is_given in (("--pairs", pairs), ("--labels", labels), ("--text", text)) if is_given
+    ]
+    if len(given) > 1:
         raise SettingsError(
-            "--pairs and --text were given: rows are pairs of answers or plain texts. Give one."
+            f"{' and '.join(given)} were given: rows are pairs, labelled answers or plain texts. Give one."
         )
-    kind: RowKind = "pairs" if pairs else "documents" if text else "answers"
+    kind: RowKind = "pairs" if pairs else "labelled" if labels else "documents" if text else "answers"
     settings = DataSettings(
         train=data,
         format=format,
@@ -117,6 +129,9 @@ def command(
         console.print_json(json.dumps(report, ensure_ascii=False))
     else:
         _print_receipt(dataset.receipt)
+        if labels:
+            num_bad = int(dataset.is_rejected.sum())
+            console.print(f"{len(dataset) - num_bad:,} answers are good (true), {num_bad:,} bad (false).")
         if gain is not None:
             _print_statistics(dataset)
             _print_first_example(dataset, prompt, reason, tokenizer)
@@ -125,7 +140,11 @@ def command(
         if gain is not None:
             _print_gain(gain, f"{batch_size} {_UNITS[kind]}", grouped)
         train_command = _train_command(model, settings, prompt_settings)
-        objective = {"pairs": " objective.name=dpo", "documents": " objective.name=text"}.get(kind, "")
+        objective = {
+            "pairs": " objective.name=dpo",
+            "labelled": " objective.name=kto",
+            "documents": " objective.name=text",
+        }.get(kind, "")
         _print_verdict(dataset.receipt, train_command + objective)
     if dataset.receipt.failed or not dataset.receipt.used:
         raise typer.Exit(EXIT_WRONG_ROWS)

@@ -91,7 +91,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     @property
     def is_rejected(self) -> np.ndarray:
-        """bool [N], the second of a pair."""
+        """bool [N], the second of a pair, or labelled false."""
         return self._table.rejected
 
     @property

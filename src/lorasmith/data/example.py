@@ -27,7 +27,7 @@ class Example:
     """One row of data, as every format sees it.
 
     ``where`` names the row for error texts: ``train.jsonl:17``. ``is_rejected``: the last turn is an answer to
-    turn away from, the second of a pair.
+    turn away from: the second of a pair, or one that is labelled false.
     """
 
     messages: tuple[Message, ...]

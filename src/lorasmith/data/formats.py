@@ -10,6 +10,10 @@ A pair of answers to one question (kind "pairs"):
     preference         {"prompt": "...", "chosen": "...", "rejected": "..."}          or messages in any of the three;
                        the question also as instruction (input), messages or conversations, or inside chosen
 
+An answer that is judged good or bad alone (kind "labelled"); pairs are read as one of each:
+
+    labelled           any row with an answer, and "label": true or false
+
 A whole text (kind "documents"):
 
     text               {"text": "..."}
@@ -63,6 +67,10 @@ class Format:
     to_messages: Callable[[Mapping[str, Any]], tuple[Message, ...]]
     kind: RowKind = "answers"
 
+    def teaches(self, kind: RowKind) -> bool:
+        """Whether its rows can be read as ``kind``: their own, and of pairs one good and one bad answer."""
+        return self.kind == kind or (self.kind == "pairs" and kind == "labelled")
+
     def examples(self, fields: Mapping[str, Any], where: str) -> tuple[Example, ...]:
         """Return what a row teaches: one example, or the chosen and the rejected one of a pair.
 
@@ -70,6 +78,8 @@ class Format:
             RowProblem: the row has nothing to learn, or is of another format.
         """
         messages = self.read(fields)
+        if self.kind == "labelled":
+            return (Example(messages, where, is_rejected=not _label(fields)),)
         if self.kind != "pairs":
             return (Example(messages, where),)
         rejected = _checked(_side(fields, "rejected"))
@@ -134,6 +144,23 @@ def _document(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return (Message("document", _text(fields, "text", "text", _CONTROL_OF_TEXT)),)
 
 
+def _labelled(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    inner = next((f for f in _formats_of("answers") if all(key in fields for key in f.keys)), None)
+    if inner is None:
+        raise RowProblem("another schema", f"a label, and no answer: {describe_keys(fields)}", is_error=True)
+    return inner.to_messages(fields)
+
+
+def _label(fields: Mapping[str, Any]) -> bool:
+    """Return whether the answer is a good one; CSV has words and numbers for it."""
+    label = fields["label"]
+    if isinstance(label, str):
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+    if label not in (True, False):  # 1 and 0 too
+        raise RowProblem("label is not true or false", f'"label" is {str(label)[:40]!r}', is_error=True)
+    return bool(label)
+
+
 def _side(fields: Mapping[str, Any], key: str) -> tuple[Message, ...]:
     """Return the conversation that ends with the answer at ``key``, "chosen" or "rejected"."""
     answer = fields[key]
@@ -166,6 +193,7 @@ FORMATS = {
         Format("sharegpt", "ShareGPT conversations", ("conversations",), _sharegpt),
         Format("alpaca", "Alpaca rows", ("instruction", "output"), _alpaca),
         Format("prompt_completion", "prompt/completion rows", ("prompt", "completion"), _prompt_completion),
+        Format("labelled", "labelled rows", ("label",), _labelled, "labelled"),
         Format("text", "plain texts", ("text",), _document, "documents"),
     )
 }
@@ -174,21 +202,54 @@ FORMATS = {
 def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Format | None:
     """Return the format of ``kind`` all of whose keys the row has.
 
-    A pair of answers is never one answer, and a row with an answer is never a plain text.
+    Neither a pair of answers nor a labelled one, which may be a bad one, is an answer to learn; and a row with an
+    answer is never a plain text.
     """
-    if kind == "documents" and (detect_format(fields, "answers") or detect_format(fields, "pairs")):
+    if kind == "documents" and any(
+        detect_format(fields, other) for other in ("answers", "pairs", "labelled")
+    ):
         return None
-    if kind == "answers" and "chosen" in fields and "rejected" in fields:
+    if kind == "answers" and (_is_pair(fields) or _is_labelled(fields)):
+        return None
+    if kind == "labelled" and not (_is_pair(fields) or _is_labelled(fields)):
         return None
     return next((f for f in _formats_of(kind) if all(key in fields for key in f.keys)), None)
 
 
+def _is_pair(fields: Mapping[str, Any]) -> bool:
+    return "chosen" in fields and "rejected" in fields
+
+
+def _is_labelled(fields: Mapping[str, Any]) -> bool:
+    """Whether the row is an answer with a truth value; a label of another type is an extra key like any other."""
+    label = fields.get("label")
+    is_truth = isinstance(label, bool) or (
+        isinstance(label, str) and label.strip().lower() in ("true", "false")
+    )
+    return is_truth and any(all(key in fields for key in f.keys) for f in _formats_of("answers"))
+
+
 def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str:
     """Say why a row is of no known format of ``kind``, and which is nearest."""
-    if kind == "answers" and "chosen" in fields and "rejected" in fields:
+    if kind == "answers" and _is_pair(fields):
         return (
             "These are preference rows (chosen, rejected). Training on answers needs rows with one answer; "
             "objective.name=dpo learns from pairs, and lorasmith check --pairs looks at them."
+        )
+    if kind in ("answers", "pairs") and _is_labelled(fields):
+        return (
+            "These are labelled rows (label: true or false). objective.name=kto learns from them, and lorasmith check "
+            "--labels looks at them. "
+            + (
+                "Training on answers would learn the bad ones as well: leave those out, and the label."
+                if kind == "answers"
+                else "This objective needs preference rows (prompt, chosen, rejected)."
+            )
+        )
+    if kind == "labelled" and detect_format(fields):
+        return (
+            f"{describe_keys(fields)}: a row with an answer and no label. objective.name=kto needs labelled rows "
+            "(label: true or false) or preference rows (chosen, rejected); objective.name=sft trains on answers."
         )
     if kind == "pairs" and detect_format(fields):
         return (
@@ -223,7 +284,7 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
 
 
 def _formats_of(kind: RowKind) -> list[Format]:
-    return [f for f in FORMATS.values() if f.kind == kind]
+    return [f for f in FORMATS.values() if f.teaches(kind)]
 
 
 def describe_keys(fields: Mapping[str, Any]) -> str:

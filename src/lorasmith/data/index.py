@@ -27,7 +27,7 @@ class RowTable:
     num_learnt: np.ndarray  # int32 [N], tokens; after the overlong policy
     file_numbers: np.ndarray  # int32 [N], into RowIndex.files
     lines: np.ndarray  # int64 [N]
-    rejected: np.ndarray  # bool [N], the second of a pair
+    rejected: np.ndarray  # bool [N], the second of a pair, or labelled false
     goes_on: np.ndarray  # bool [N], with the document of the example before
 
     def select(self, rows: np.ndarray) -> "RowTable":

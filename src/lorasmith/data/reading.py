@@ -16,6 +16,7 @@ from lorasmith.errors import DataError
 _KINDS: dict[RowKind, str] = {
     "answers": "answers",
     "pairs": "pairs of answers",
+    "labelled": "answers with a label",
     "documents": "plain texts",
 }
 _ROWS_TO_DETECT = 1000  # rows looked at until one is of a known format
@@ -60,6 +61,12 @@ def read_examples(
             if where is not example.where:
                 ledger.skip("duplicate", example.where, f"the same as {where}")
                 continue
+            if kind == "labelled":
+                where = first_asked.setdefault(digests[0], example.where)
+                if where is not example.where:
+                    ledger.warn(
+                        "labelled both ways", f"{example.where}: {where} labels the same answer otherwise"
+                    )
             if kind == "answers":
                 where = first_asked.setdefault(digest_messages(example.question), example.where)
                 if where is not example.where:
@@ -123,7 +130,7 @@ def _choose_format(
     """Return the file's format (None: it holds no row) and its items from the start."""
     if format_name != "auto":
         named = FORMATS[format_name]
-        if named.kind != kind:
+        if not named.teaches(kind):
             raise DataError(
                 f"data.format is {format_name} ({named.title}), and the objective learns from {_KINDS[kind]}. "
                 "Leave data.format out, or choose another objective.name."

@@ -4,8 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference"]
-RowKind = Literal["answers", "pairs", "documents"]  # what a row teaches: see formats.py
+FormatName = Literal[
+    "auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "labelled"
+]
+RowKind = Literal["answers", "pairs", "labelled", "documents"]  # what a row teaches: see formats.py
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]

@@ -15,7 +15,7 @@ from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger
 from lorasmith.data.settings import DataSettings, RowKind
 from lorasmith.data.sources import Source, open_source
-from lorasmith.data.tokens import encode
+from lorasmith.data.tokens import encode, examples_per_row, num_rows
 from lorasmith.errors import DataError, RecipeError
 from lorasmith.evaluation.overlap import find_leaks
 from lorasmith.evaluation.questions import EvaluationRow, read_evaluation_rows, spread_evenly
@@ -81,16 +81,26 @@ class TrainingData:
         """Yield what was trained on, without the validation share; nothing where it is gone, or has no answers."""
         return (example for number, example in enumerate(self._read()) if number not in self._held_out)
 
+    def answers(self) -> Iterator[Example]:
+        """Yield the examples whose answers were to be learnt, not those to turn away from."""
+        return (example for example in self.examples() if not example.is_rejected)
+
     def hold_out_share(self, recipe: PromptRecipe, tokenizer: Any) -> list[EvaluationRow]:
         """Return the rows of the run's validation share, and leave them out of ``examples`` from now on."""
         if self._source is None or not self._training.validation_share or self._kind == "documents":
             return []
         data = self._data.model_copy(update={"train": self._place, "on_bad_row": "skip"})
-        used = prepare_dataset(data, recipe, tokenizer)
-        _, held_out = split_for_validation(len(used), self._training)
-        numbers = list(self._number_used(used, recipe, tokenizer))
-        self._held_out = frozenset(numbers[place] for place in held_out)
-        return [as_row(example) for number, example in enumerate(self._read()) if number in self._held_out]
+        used = prepare_dataset(data, recipe, tokenizer, kind=self._kind)
+        _, held_out = split_for_validation(num_rows(used), self._training)
+        numbers = np.array(list(self._number_used(used, recipe, tokenizer))).reshape(
+            -1, examples_per_row(used)
+        )
+        self._held_out = frozenset(numbers[np.array(held_out, int)].ravel().tolist())
+        return [
+            as_row(example)
+            for number, example in enumerate(self._read())
+            if number in self._held_out and not example.is_rejected
+        ]
 
     def _number_used(self, used: TokenizedDataset, recipe: PromptRecipe, tokenizer: Any) -> Iterator[int]:
         """Yield the number of each used row among all that are read; some of these may be too long or refused.
@@ -115,7 +125,7 @@ class TrainingData:
         if self._source is None or self._kind == "documents":
             return
         ledger = Ledger(self._source.name, [file.name for file in self._source.files], skips_faults=True)
-        for example, _ in read_examples(self._source, self._data.format, ledger, Position()):
+        for example, _ in read_examples(self._source, self._data.format, ledger, Position(), self._kind):
             yield example
 
 

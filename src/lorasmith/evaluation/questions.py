@@ -45,7 +45,8 @@ def ask(question: str, reference: str, *keywords: Keyword) -> EvaluationRow:
 def read_evaluation_rows(source: str | Path) -> list[EvaluationRow]:
     """Read a data file of any training format; a row may have ``keywords`` beside its keys.
 
-    A keyword is a text, or a list of texts any of which will do: ["payday", ["4", "four"]].
+    The reference of a pair is the chosen answer; an answer that is labelled false is no reference and left out. A
+    keyword is a text, or a list of texts any of which will do: ["payday", ["4", "four"]].
 
     Raises: DataError naming the first row that is wrong, or that there is none.
     """
@@ -55,19 +56,20 @@ def read_evaluation_rows(source: str | Path) -> list[EvaluationRow]:
             continue
         if isinstance(row, RowFault):
             raise DataError(f"{row.where}: {row.reason}{row.detail and f' ({row.detail})'}")
-        found = detect_format(row.fields)
+        found = detect_format(row.fields) or detect_format(row.fields, "labelled")
         if found is None:
             raise DataError(
                 f"{row.where}: no question with a reference answer. {explain_unknown(row.fields)}"
             )
         try:
-            *asked, answer = found.read(row.fields)
+            example, *_ = found.examples(row.fields, row.where)
         except RowProblem as problem:
             raise DataError(f"{row.where}: {problem.reason} ({problem.detail})") from None
-        if not asked or asked[-1].role != "user":
+        if not example.question or example.question[-1].role != "user":
             raise DataError(f"{row.where}: the turn before the last answer is not the user's.")
         keywords = _read_keywords(row.fields.get("keywords"), row.where)
-        rows.append(EvaluationRow(tuple(asked), answer.content, keywords, row.where))
+        if not example.is_rejected:
+            rows.append(EvaluationRow(example.question, example.answer, keywords, row.where))
     if not rows:
         raise DataError(f"{source} holds no question to ask.")
     return rows

@@ -170,7 +170,7 @@ def make_report(
     sets = choose_questions(run_dir, record, training, settings, tuned.chat.recipe, tokenizer)
     rows = [row for question_set in sets for row in question_set.rows]
     trained_rows = sample_training(
-        training.examples(), record.data["num_examples"], settings.max_training_questions
+        training.answers(), record.data["num_examples"], settings.max_training_questions
     )
 
     def ask(side: KeptChat, name: str, some: Sequence[EvaluationRow], max_tokens: int) -> AnswersReport:
@@ -198,7 +198,7 @@ def make_report(
             merged=None,
             base_surprise=_surprise_by_answers(untuned, rows),
             tuned_surprise=_surprise_by_answers(tuned, rows),
-            copying=tuple(measure_copying(texts, training.examples())) if training.is_there else None,
+            copying=tuple(measure_copying(texts, training.answers())) if training.is_there else None,
         )
     trained = ask(tuned, "tuned, training questions", trained_rows, max_tokens) if trained_rows else None
     general = general_questions()

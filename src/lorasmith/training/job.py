@@ -61,6 +61,7 @@ from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.distributed import ALONE, Team, digest
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
+from lorasmith.training.kto import Kto, advise_weights, check_labels, check_objective
 from lorasmith.training.loop import StepReport, train
 from lorasmith.training.objective import NEXT_TOKEN, Objective
 from lorasmith.training.preference import Preference, reference_log_probs
@@ -133,6 +134,7 @@ def prepare_job(
     """
     check_trackers(output.trackers)
     check_method(method, base)
+    check_objective(objective, method, training)
     check_sharding(engine, method, base, output)
     if data.validation is not None and training.validation_share > 0:
         raise SettingsError(
@@ -152,7 +154,7 @@ def prepare_job(
     with team.first_on_each_machine():
         resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
-    if objective.kind == "pairs":  # what is compared is the last answer
+    if objective.kind in ("pairs", "labelled"):  # what is compared is the last answer
         prompt = prompt.model_copy(update={"learn": "last"})
     recipe, reason = choose_recipe(prompt, tokenizer, objective.kind)
     asked = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
@@ -286,7 +288,18 @@ def prepare_job(
 
     base_key = f"{resolved.ref.fingerprint} {base.quantization} {found['dtype']}"
     learns = _make_objective(
-        objective, base_key, model, forward, method, dataset, validation, training, team, say, progress
+        objective,
+        base_key,
+        model,
+        forward,
+        method,
+        dataset,
+        validation,
+        training,
+        data.train,
+        team,
+        say,
+        progress,
     )
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     if settled is not None:
@@ -425,6 +438,7 @@ def _make_objective(
     dataset: TokenizedDataset,
     validation: TokenizedDataset | None,
     training: TrainingSettings,
+    data_name: str,
     team: Team,
     say: Say,
     progress: Progress,
@@ -432,9 +446,15 @@ def _make_objective(
     """Return what the loop minimises, with the reference's log probabilities where it needs them."""
     if objective.name in ("sft", "text"):
         return NEXT_TOKEN
+    if objective.name == "kto":
+        check_labels(dataset.is_rejected, data_name)
+        num_bad = int(dataset.is_rejected.sum())
+        say(f"Labels: {len(dataset) - num_bad:,} answers are good (true), {num_bad:,} bad (false)")
+        if advice := advise_weights(dataset.is_rejected, objective):
+            say(f"Note: the two kinds do not weigh alike; {advice} would balance them.")
     references = {}
     if objective.needs_reference:
-        say("Reference: the base's log probabilities of both answers, computed once and kept in the cache")
+        say("Reference: the base's log probabilities of the answers, computed once and kept in the cache")
     for name, examples in (("train", dataset), ("validation", validation)):
         if examples is not None and objective.needs_reference:
             references[name] = reference_log_probs(
@@ -448,7 +468,18 @@ def _make_objective(
                 max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
                 on_progress=lambda share: progress("Asking the base for its log probabilities", share),
             )
-    return Preference(objective, references)
+    if objective.name != "kto":
+        return Preference(objective, references)
+    named = {"train": dataset, "validation": validation}
+    there = {name: examples for name, examples in named.items() if examples is not None}
+    assert isinstance(model, PeftModel), "check_objective has refused full fine-tuning"
+    return Kto(
+        model,
+        objective,
+        references,
+        {name: examples.is_rejected for name, examples in there.items()},
+        max(int(examples.lengths.max()) for examples in there.values()),
+    )
 
 
 def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int) -> None:

@@ -13,6 +13,7 @@ The mean is over the learnt tokens of the step, so its cut into packs, and which
 (distributed.py), changes nothing but memory and time.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from lorasmith.training.checkpoint import (
 from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
 from lorasmith.training.method_steps import after_step, group_parameters, penalty
-from lorasmith.training.objective import NEXT_TOKEN, Objective
+from lorasmith.training.objective import NEXT_TOKEN, Ask, Objective
 from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
@@ -134,12 +135,14 @@ def train(
         probe = order.examples_of(first_step - 1)[0]
         _check_probe(_probe_loss(model, forward, dataset, probe), resume_from)
     team.copy_from_first(trained)
+    asking = functools.partial(_asking, model, settings, forward, team)
     overflows = 0
 
     for step in range(first_step, num_steps):
         started = time.perf_counter()
         memory_note = None
         examples = order.examples_of(step)
+        objective.look_ahead(dataset, examples, "train", asking(fit))
         while True:
             packs = _pack(dataset, examples, settings, forward, fit, team)
             count = sum(objective.count(pack) for pack in packs)
@@ -253,11 +256,31 @@ def mean_loss(
     total, count = 0.0, 0
     for low in range(0, len(dataset), 64):
         indices = range(low, min(low + 64, len(dataset)))
+        if name is not None:
+            objective.look_ahead(dataset, indices, name, _asking(model, settings, forward, team, fit))
         packs = _pack(dataset, indices, settings, forward, fit, team)
         count += sum(objective.count(pack) for pack in packs)
         for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
             total += weight * objective.loss(forward, packs[place], name)[0].item()
     return team.total(total)[0] / count
+
+
+def _asking(
+    model: PeftModel | PreTrainedModel, settings: TrainingSettings, forward: PackForward, team: Team, fit: Fit
+) -> Ask:
+    """Return what asks the model, as it is when it is called, for log probabilities; all of the team call it."""
+
+    @torch.no_grad()
+    def ask(examples: Sequence[TokenizedExample]) -> np.ndarray:
+        model.eval()
+        found = np.zeros(len(examples))
+        packs = _pack(examples, range(len(examples)), settings, forward, fit, team)
+        for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
+            log_probs = weight * forward.log_probs(packs[place], None)
+            found[list(packs[place].examples)] += log_probs.double().cpu().numpy()
+        return np.array(team.total(*found))
+
+    return ask
 
 
 def _accumulate(

@@ -1,11 +1,17 @@
-"""What a step minimises, as the loop sees it; the next token here, pairs in preference.py."""
+"""What a step minimises, as the loop sees it; the next token here, pairs in preference.py, labels in kto.py."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.packing.trie import Pack
+
+# Log probabilities of the learnt tokens of each example, float64 [N], as the model is now and without gradient.
+Ask = Callable[[Sequence[TokenizedExample]], np.ndarray]
 
 
 class Objective(Protocol):
@@ -14,6 +20,11 @@ class Objective(Protocol):
     tells: tuple[str, ...]  # names of what else is told of a step, as means
 
     def count(self, pack: Pack) -> int: ...
+
+    def look_ahead(
+        self, dataset: Sequence[TokenizedExample], indices: Sequence[int], name: str, ask: Ask
+    ) -> None:
+        """Find out what the loss of all examples at ``indices`` together needs, before their first pack."""
 
     def loss(
         self, forward: PackForward, pack: Pack, name: str | None
@@ -25,7 +36,7 @@ class Objective(Protocol):
         ...
 
 
-class NextToken:
+class NextToken(Objective):
     """Supervised fine-tuning: the cross-entropy of the learnt tokens."""
 
     tells: tuple[str, ...] = ()

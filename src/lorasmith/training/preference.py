@@ -32,6 +32,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.model.method_settings import FullSettings, MethodSettings
 from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.distributed import ALONE, Team
+from lorasmith.training.objective import Objective
 from lorasmith.training.settings import ObjectiveSettings
 
 _CACHE_VERSION = 1
@@ -54,7 +55,7 @@ class Answers:
         return self.log_probs / self.num_tokens
 
 
-class Preference:
+class Preference(Objective):
     """Learns from pairs: the examples 2i and 2i + 1 of a data set, the chosen answer first."""
 
     tells: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")

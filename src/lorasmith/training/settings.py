@@ -97,38 +97,52 @@ class TrainingSettings(BaseModel):
         )
 
 
-ObjectiveName = Literal["sft", "text", "dpo", "ipo", "orpo", "simpo"]
-_BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0}
+ObjectiveName = Literal["sft", "text", "dpo", "ipo", "orpo", "simpo", "kto"]
+_BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 _MARGIN = 1.0
-_KINDS: dict[str, RowKind] = {"sft": "answers", "text": "documents"}
+_KINDS: dict[str, RowKind] = {"sft": "answers", "text": "documents", "kto": "labelled"}
 
 
 class ObjectiveSettings(BaseModel):
-    """What is learnt from a row; section ``objective`` of a run file. The losses stand in preference.py."""
+    """What is learnt from a row; section ``objective`` of a run file.
+
+    The losses stand in preference.py and kto.py.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ObjectiveName = Field(
         default="sft",
         description="sft: answers; text: every token of plain texts; dpo, ipo, orpo, simpo: pairs of a chosen and a "
-        "rejected answer",
+        "rejected answer; kto: answers labelled true or false, one by one",
     )
     beta: float | None = Field(
         default=None,
         gt=0,
-        description="how strongly the base is held on to (dpo, ipo; 0.1), the weight of the odds ratio (orpo; 0.1), or "
-        "the scale of rewards (simpo; 2)",
+        description="how strongly the base is held on to (dpo, ipo, kto; 0.1), the weight of the odds ratio (orpo; "
+        "0.1), or the scale of rewards (simpo; 2)",
     )
     margin: float | None = Field(
         default=None, ge=0, description="reward by which a chosen answer should lead (simpo; 1)"
+    )
+    desirable_weight: float | None = Field(
+        default=None, gt=0, description="weight of answers labelled true (kto; 1)"
+    )
+    undesirable_weight: float | None = Field(
+        default=None, gt=0, description="weight of answers labelled false (kto; 1)"
     )
 
     @model_validator(mode="after")
     def _owns_its_settings(self) -> "ObjectiveSettings":
         if self.beta is not None and self.name in ("sft", "text"):
-            raise ValueError(f"beta is no setting of {self.name}; it belongs to dpo, ipo, orpo and simpo")
+            raise ValueError(
+                f"beta is no setting of {self.name}; it belongs to dpo, ipo, orpo, simpo and kto"
+            )
         if self.margin is not None and self.name != "simpo":
             raise ValueError(f"margin is no setting of {self.name}; it belongs to simpo")
+        for key in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, key) is not None and self.name != "kto":
+                raise ValueError(f"{key} is no setting of {self.name}; it belongs to kto")
         return self
 
     @property
@@ -138,7 +152,7 @@ class ObjectiveSettings(BaseModel):
 
     @property
     def needs_reference(self) -> bool:
-        return self.name in ("dpo", "ipo")
+        return self.name in ("dpo", "ipo", "kto")
 
     @property
     def scale(self) -> float:
@@ -147,6 +161,14 @@ class ObjectiveSettings(BaseModel):
     @property
     def target_margin(self) -> float:
         return self.margin if self.margin is not None else _MARGIN
+
+    @property
+    def weight_of_desirable(self) -> float:
+        return self.desirable_weight if self.desirable_weight is not None else 1.0
+
+    @property
+    def weight_of_undesirable(self) -> float:
+        return self.undesirable_weight if self.undesirable_weight is not None else 1.0
 
     @property
     def rate_multiple(self) -> float:
