@@ -269,6 +269,74 @@ def test_every_gradient_of_a_step_equals_trl(tmp_path, tiny_tokenizer):
         assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
 
 
+@needs_trl
+@pytest.mark.filterwarnings("ignore")
+def test_ten_steps_of_orpo_equal_trl(tmp_path, tiny_tokenizer):
+    """TRL learns the prompt too, and takes the mean over all tokens: alike for a prompt of one token, equal answers."""
+    import datasets
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    pairs = make_pairs(20, prompt_tokens=1, answer_tokens=7)
+    order = order_steps(pairs, SETTINGS)
+    examples = [example for step in range(10) for example in order.examples_of(step)]
+    rows = [
+        {
+            "prompt": "",
+            **dict.fromkeys(("chosen", "rejected"), ""),
+            "ids": [pairs[example].input_ids.tolist() for example in pair],
+        }
+        for pair in zip(examples[::2], examples[1::2], strict=True)
+    ]
+    losses = []
+
+    class Recording(ORPOTrainer):
+        def tokenize_row(self, feature, model=None):
+            made = {}
+            for side, ids in zip(("chosen", "rejected"), feature["ids"], strict=True):
+                made[f"{side}_input_ids"], made[f"{side}_labels"] = ids, [IGNORE_INDEX, *ids[1:]]
+                made[f"{side}_attention_mask"] = [1] * len(ids)
+            return made
+
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    arguments = ORPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        max_grad_norm=1e9,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+        beta=0.1,
+    )
+    theirs = make_adapted()
+    theirs.get_base_model().set_attn_implementation("sdpa")
+    with gradients_of_steps() as theirs_of_steps:
+        Recording(
+            theirs,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tiny_tokenizer,
+        ).train()
+    with gradients_of_steps() as ours_of_steps:
+        _, reports = run(pairs, tmp_path / "ours", name="orpo")
+    same_gradients(theirs_of_steps, ours_of_steps)
+    assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
+
+
 def test_a_cut_into_packs_changes_nothing_and_tears_no_pair(tmp_path):
     pairs = make_pairs(20)
     packs = pack_examples(pairs, list(range(16)), max_tokens=60, together=2)
@@ -322,6 +390,10 @@ def run_file(folder, base, rows, *words):
 
 def test_a_run_on_pairs_learns_them_and_goes_on_after_a_stop(tmp_path, tiny_base_folder):
     from lorasmith.cli.run_file import prepare, train
+    from lorasmith.evaluation.held_out import TrainingData, choose_questions
+    from lorasmith.evaluation.settings import ReportSettings
+    from lorasmith.generation.chat import Chat
+    from lorasmith.model.run_record import read_run_record
     from lorasmith.training.job import run_job
     from lorasmith.training.reporters import read_metrics
 
@@ -348,6 +420,19 @@ def test_a_run_on_pairs_learns_them_and_goes_on_after_a_stop(tmp_path, tiny_base
     assert job.dataset.examples_per_row == 2
     rest = list(train(settings, tmp_path / "stopped"))
     assert [r.loss for r in rest] == pytest.approx([r.loss for r in reports[1:]], rel=1e-5)
+    # A report asks the questions of the pairs that are held out; the chosen answers are what it compares with.
+    run, record, chat = (
+        tmp_path / "whole",
+        read_run_record(tmp_path / "whole"),
+        Chat.from_run(tmp_path / "whole"),
+    )
+    trained = TrainingData(run, record)
+    (questions,) = choose_questions(run, record, trained, ReportSettings(), chat.recipe, chat.tokenizer)
+    assert len(questions.rows) == 6
+    assert all(row.reference.startswith("It is") for row in questions.rows)
+    answers = [example.answer for example in trained.answers()]
+    assert len(answers) == 18
+    assert all(answer.startswith("It is") for answer in answers)
 
 
 PAIR = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}

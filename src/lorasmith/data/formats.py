@@ -211,8 +211,6 @@ def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Forma
         return None
     if kind == "answers" and (_is_pair(fields) or _is_labelled(fields)):
         return None
-    if kind == "labelled" and not (_is_pair(fields) or _is_labelled(fields)):
-        return None
     return next((f for f in _formats_of(kind) if all(key in fields for key in f.keys)), None)
 
 
