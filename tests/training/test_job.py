@@ -12,9 +12,9 @@ from lorasmith.training.job import (
     _choose_device,
     _recorded_fit,
     _set_threads,
-    _setting_differences,
     _with_fit,
 )
+from lorasmith.training.same_run import setting_differences
 from lorasmith.training.settings import TrainingSettings
 
 RECORDED = {"base": {"dtype": "bfloat16"}, "engine": {"threads": 1}}
@@ -52,16 +52,16 @@ def settings(**changes):
 
 def test_what_matters_is_told_apart_from_what_does_not():
     old = settings()
-    assert _setting_differences(old, settings(run__name="b", engine__threads=1, base__device="cuda")) == []
-    assert _setting_differences(old, settings(base__dtype="auto", training__micro_batch_tokens=512)) == []
-    assert _setting_differences(old, settings(method__r=8, training__epochs=4)) == [
+    assert setting_differences(old, settings(run__name="b", engine__threads=1, base__device="cuda")) == []
+    assert setting_differences(old, settings(base__dtype="auto", training__micro_batch_tokens=512)) == []
+    assert setting_differences(old, settings(method__r=8, training__epochs=4)) == [
         "method.r: 16 then, 8 now",
         "training.epochs: 3 then, 4 now",
     ]
     # With dropout another cut into packs draws other masks.
     with_dropout = settings(method__lora_dropout=0.1)
     changed = settings(method__lora_dropout=0.1, training__micro_batch_tokens=512)
-    assert _setting_differences(with_dropout, changed) == ["training.micro_batch_tokens: 2048 then, 512 now"]
+    assert setting_differences(with_dropout, changed) == ["training.micro_batch_tokens: 2048 then, 512 now"]
 
 
 def record_with(fit, micro_batch_tokens="auto"):

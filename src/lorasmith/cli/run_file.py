@@ -122,19 +122,7 @@ def prepare(run_file: RunFile, run_dir: Path, **report_to: Any) -> "TrainingJob"
     """Return the job that ``run_file`` describes, ready for its first step; ``report_to`` as for prepare_job."""
     from lorasmith.training.job import prepare_job
 
-    return prepare_job(
-        run_dir,
-        base=run_file.base,
-        data=run_file.data,
-        prompt=run_file.prompt,
-        method=run_file.method,
-        engine=run_file.engine,
-        training=run_file.training,
-        objective=run_file.objective,
-        output=run_file.run,
-        settings=run_file.model_dump(mode="json"),
-        **report_to,
-    )
+    return prepare_job(run_dir, run_file, **report_to)
 
 
 def train(run_file: RunFile, run_dir: str | Path) -> "Iterator[StepReport]":

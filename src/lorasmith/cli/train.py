@@ -202,7 +202,7 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
         return False
     if run_file.run.resume == "never":
         raise RunError(f"{run_dir} is there already. Choose another run.name, or remove the folder.")
-    from lorasmith.training.job import is_finished
+    from lorasmith.training.same_run import is_finished
 
     if not is_finished(run_dir, run_file.model_dump(mode="json"), run_file.data, run_file.objective):
         return False

@@ -9,38 +9,34 @@ runs/handbook/
   adapter/        plain PEFT: the result
 """
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
+from lorasmith.data.dataset import TokenizedDataset
 from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
-from lorasmith.data.receipt import Receipt
 from lorasmith.data.settings import DataSettings, PromptSettings
-from lorasmith.data.sources import open_source
-from lorasmith.data.tokens import TokenizedExample, documents_of, num_rows, tokenizer_json
+from lorasmith.data.tokens import TokenizedExample, num_rows
 from lorasmith.data.workers import count_cores
 from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.linear import choose_product_dtype
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
-from lorasmith.errors import DataError, ResumeError, RunError, SettingsError
+from lorasmith.errors import RunError, SettingsError
 from lorasmith.files import storing, write_whole
 from lorasmith.model.base import load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import DeviceChoice, choose_device
@@ -57,7 +53,7 @@ from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_r
 from lorasmith.model.settings import BaseSettings
 from lorasmith.model.trained import ADAPTER, MODEL, save_trained
 from lorasmith.packing.plan import Gain, predict_gain
-from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
+from lorasmith.training.checkpoint import Checkpoint
 from lorasmith.training.distributed import ALONE, Team, digest
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
@@ -65,9 +61,11 @@ from lorasmith.training.kto import Kto, advise_weights, check_labels, check_obje
 from lorasmith.training.loop import StepReport, train
 from lorasmith.training.objective import NEXT_TOKEN, Objective
 from lorasmith.training.preference import Preference, reference_log_probs
+from lorasmith.training.read_rows import read_rows
 from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
-from lorasmith.training.schedule import order_steps, split_for_validation, suggest_learning_rate
+from lorasmith.training.same_run import what_to_resume
+from lorasmith.training.schedule import order_steps, suggest_learning_rate
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
 from lorasmith.training.sharding import check_gathered, check_sharding, shard_base
 
@@ -75,6 +73,28 @@ Say = Callable[[str], None]
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
 _SHARE_OF_MEMORY_FOR_FROZEN_STATES = 0.25
+
+
+class RunSettings(Protocol):
+    """What a run depends on, a section of the run file each; cli/run_file.py reads it."""
+
+    @property
+    def base(self) -> BaseSettings: ...
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def prompt(self) -> PromptSettings: ...
+    @property
+    def method(self) -> MethodSettings: ...
+    @property
+    def engine(self) -> EngineSettings: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def objective(self) -> ObjectiveSettings: ...
+    @property
+    def run(self) -> OutputSettings: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -107,16 +127,8 @@ class TrainingJob:
 
 def prepare_job(
     run_dir: Path,
+    asked: RunSettings,
     *,
-    base: BaseSettings,
-    data: DataSettings,
-    prompt: PromptSettings,
-    method: MethodSettings,
-    engine: EngineSettings,
-    training: TrainingSettings,
-    objective: ObjectiveSettings,
-    output: OutputSettings,
-    settings: dict[str, Any],
     say: Say = lambda line: None,
     progress: Progress = lambda what, share: None,
     must_measure: bool = False,
@@ -124,7 +136,7 @@ def prepare_job(
 ) -> TrainingJob:
     """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
 
-    ``settings`` is the resolved run file as plain values; it is recorded, and compared when a run goes on.
+    What is ``asked`` is recorded as plain values, and compared when a run goes on.
     ``must_measure``: measure memory and time on the heaviest pack even where that costs more than the run is worth.
 
     Of a ``team`` every process gets the job; the first one reads and writes ``run_dir``, measures and decides.
@@ -132,6 +144,9 @@ def prepare_job(
     Raises:
         LorasmithError: anything is wrong with the settings, the data, the base, or the run that is gone on with.
     """
+    base, data, prompt, method = asked.base, asked.data, asked.prompt, asked.method
+    engine, training, objective, output = asked.engine, asked.training, asked.objective, asked.run
+    settings = asked.model_dump(mode="json")
     check_trackers(output.trackers)
     check_method(method, base)
     check_objective(objective, method, training)
@@ -157,56 +172,26 @@ def prepare_job(
     if objective.kind in ("pairs", "labelled"):  # what is compared is the last answer
         prompt = prompt.model_copy(update={"learn": "last"})
     recipe, reason = choose_recipe(prompt, tokenizer, objective.kind)
-    asked = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
-    say(f"Prompt recipe: {recipe.name} ({reason}{asked})")
+    note = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
+    say(f"Prompt recipe: {recipe.name} ({reason}{note})")
 
     for question in output.sample_questions:
         if not question.strip():
             raise SettingsError("run.sample_questions holds an empty question.")
         recipe.render_prompt((Message("user", question),))
 
-    def reading(rows: int, share: float) -> None:
-        progress("Reading and tokenising", share)
-
-    with team.first_on_each_machine():
-        all_rows = prepare_dataset(data, recipe, tokenizer, kind=objective.kind, progress=reading)
-    documents = documents_of(all_rows)
-    kept, held_out = split_for_validation(num_rows(all_rows), training, documents)
-    if not kept:
-        raise DataError(
-            f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "
-            f"{len(all_rows)} used, {len(held_out)} held out. See the receipt: lorasmith check {data.train}"
-        )
-    dataset = all_rows.rows(kept)
-    validation: TokenizedDataset | None = all_rows.rows(held_out) if held_out else None
-    if documents is not None:
-        say(_describe_documents(all_rows.receipt, documents, held_out))
-    if data.validation is not None:
-        with team.first_on_each_machine():
-            validation = prepare_dataset(
-                data, recipe, tokenizer, kind=objective.kind, source=data.validation, progress=reading
-            )
-        if len(validation) == 0:
-            raise DataError(f"{data.validation} holds no example that can be used for the validation loss.")
-
+    rows = read_rows(data, training, objective.kind, recipe, tokenizer, say=say, progress=progress, team=team)
+    dataset, validation = rows.dataset, rows.validation
     record = RunRecord(
         name=run_dir.name,
         base=resolved.ref,
         recipe=recipe.to_json(),
         settings=settings,
-        data={
-            "source": data.train,
-            "kind": objective.kind,
-            "fingerprint": all_rows.fingerprint,
-            "validation_fingerprint": validation.fingerprint if data.validation and validation else None,
-            "tokenizer_fingerprint": hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest(),
-            "num_examples": num_rows(dataset),
-            "num_validation": 0 if validation is None else num_rows(validation),
-        },
+        data=rows.noted,
         processes=team.count,
     )
     team.check_same(_what_must_agree(record))
-    resume_from = _what_to_resume(run_dir, then, record, output, say, team)
+    resume_from = what_to_resume(run_dir, then, record, output, say, team)
 
     say(f"Number format: {found['dtype']} ({choice.reason})")
     num_steps = training.num_steps(num_rows(dataset))
@@ -339,7 +324,7 @@ def prepare_job(
     if team.is_first:
         write_run_record(run_dir, record)
     if team.is_first and resume_from is None:
-        write_whole(run_dir / "receipt.json", json.dumps(all_rows.receipt.to_json(), indent=2) + "\n")
+        write_whole(run_dir / "receipt.json", json.dumps(rows.receipt.to_json(), indent=2) + "\n")
     return TrainingJob(
         run_dir,
         record,
@@ -413,20 +398,6 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
     if report is None or report.step == report.num_steps:
         _finish(job, record, time.monotonic() - started, peak.during)
     job.team.wait()
-
-
-def _describe_documents(receipt: Receipt, documents: np.ndarray, held_out: Sequence[int]) -> str:
-    """Say how many documents and pieces there are, and which are held out."""
-    text = f"Texts: {receipt.used:,} documents in {receipt.pieces:,} pieces"
-    if not held_out:
-        return text
-    chosen = set(documents[list(held_out)].tolist())
-    if np.isin(documents, list(chosen)).sum() == len(held_out):
-        return f"{text}; held out: {len(chosen):,} documents, {len(held_out):,} pieces"
-    return (
-        f"{text}; held out: {len(held_out):,} pieces, whose documents' other pieces are trained on (no document is "
-        "short enough to be held out whole: data.validation names other texts)"
-    )
 
 
 def _make_objective(
@@ -503,29 +474,6 @@ def _finish(job: TrainingJob, record: RunRecord, seconds: float, peak_bytes: int
         "saved_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
     write_run_record(job.run_dir, record.model_copy(update={"result": result}))
-
-
-def is_finished(
-    run_dir: Path, settings: dict[str, Any], data: DataSettings, objective: ObjectiveSettings
-) -> bool:
-    """Return whether ``run_dir`` holds this very run, trained to its end.
-
-    Raises:
-        RunError: it holds a finished run of other settings or data.
-    """
-    if not (run_dir / "run.json").is_file() or (record := read_run_record(run_dir)).result is None:
-        return False
-    differences = _setting_differences(record.settings, settings)
-    source = open_source(data.train, split=data.split, kind=objective.kind)
-    if source.fingerprint() != record.data["fingerprint"]:
-        differences.append(f"data: {data.train} has changed since")
-    if differences:
-        raise RunError(
-            f"{run_dir} is a finished run with other settings:\n"
-            + "\n".join(f"  - {line}" for line in differences)
-            + "\nGive the new run a name of its own: run.name=NAME (or remove the folder)."
-        )
-    return True
 
 
 @contextmanager
@@ -680,89 +628,3 @@ def _with_fit(record: RunRecord, fit: Fit) -> RunRecord:
         engine = {**engine, "gradient_checkpointing": fit.gradient_checkpointing}
     settings = {**record.settings, "training": training, "engine": engine}
     return record.model_copy(update={"settings": settings, "fit": fit.to_json()})
-
-
-def _what_to_resume(
-    run_dir: Path, old: RunRecord | None, record: RunRecord, output: OutputSettings, say: Say, team: Team
-) -> Checkpoint | None:
-    """Return the checkpoint to go on from, or None for a new run; refuse a run that was started otherwise."""
-    if old is None:
-        return None
-    if output.resume == "never":
-        raise RunError(
-            f"{run_dir} is there already. Choose another run.name, or run.resume=auto to go on with it."
-        )
-    differences = _differences(old, record)
-    if differences:
-        raise ResumeError(
-            f"{run_dir} was started with other settings, so it cannot be gone on with:\n"
-            + "\n".join(f"  - {line}" for line in differences)
-            + "\nUse the settings of that run, or start a new one with run.name=NAME."
-        )
-
-    def find() -> dict[str, Any] | None:
-        checkpoint, complaints = last_checkpoint(run_dir)
-        for complaint in complaints:
-            say(f"Warning: {complaint}")
-        return None if checkpoint is None else {**asdict(checkpoint), "folder": str(checkpoint.folder)}
-
-    found = team.from_first(find)
-    checkpoint = None if found is None else Checkpoint(**{**found, "folder": Path(found["folder"])})
-    if checkpoint is None:
-        say("The run has no checkpoint yet: it starts from the beginning")
-    else:
-        say(
-            f"Going on from step {checkpoint.step} ({checkpoint.folder}); its loss of {checkpoint.probe_loss:.4f} on "
-            "an example of that step is computed again and must be the same"
-        )
-    return checkpoint
-
-
-# What may differ between the two halves of a run: nothing here changes more than the rounding of a weight.
-_HARMLESS = {
-    ("training", "keep_checkpoints"),
-    ("training", "save_every"),
-    ("base", "device"),
-    ("base", "model"),  # what it holds is compared, by its fingerprint
-    ("data", "cache_dir"),
-    ("data", "train"),  # likewise
-    ("data", "validation"),
-    *(("engine", key) for key in EngineSettings.model_fields),
-    ("training", "micro_batch_size"),
-    ("training", "micro_batch_tokens"),
-}
-
-
-# What runs meant that are older than the setting.
-_BEFORE = {("method", "name"): "lora", ("objective", "name"): "sft", ("base", "quantization"): "none"}
-
-
-def _differences(old: RunRecord, new: RunRecord) -> list[str]:
-    found = []
-    if old.base.fingerprint != new.base.fingerprint:
-        found.append(f"base: weights {old.base.fingerprint[:12]} then, {new.base.fingerprint[:12]} now")
-    if old.data["fingerprint"] != new.data["fingerprint"]:
-        found.append(f"data: {old.data['source']} has changed since")
-    if old.data.get("validation_fingerprint") != new.data["validation_fingerprint"]:
-        found.append("data.validation: it has changed since")
-    if old.data.get("tokenizer_fingerprint") != new.data["tokenizer_fingerprint"]:
-        found.append("base: its tokenizer has changed since")
-    if old.recipe["fingerprint"] != new.recipe["fingerprint"]:
-        found.append("prompt: it renders another text than then")
-    return found + _setting_differences(old.settings, new.settings)
-
-
-def _setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the settings that differ and matter, in words. "auto" now agrees with whatever it was found to be."""
-    harmless = _HARMLESS
-    if new["method"].get("lora_dropout"):  # another cut into packs draws other masks
-        harmless = harmless - {("training", "micro_batch_size"), ("training", "micro_batch_tokens")}
-    found = []
-    for section, values in new.items():
-        for key, value in values.items():
-            before = old.get(section, {}).get(key, _BEFORE.get((section, key)))
-            if section in ("run", "report") or (section, key) in harmless:
-                continue
-            if before != value and value != "auto":
-                found.append(f"{section}.{key}: {before} then, {value} now")
-    return found
