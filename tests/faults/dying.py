@@ -68,7 +68,9 @@ def train_three_steps(run_dir: Path, last_step: int = 3) -> None:
     with hold_run(run_dir):
         resume_from, _ = last_checkpoint(run_dir)
         done = resume_from.step if resume_from else 0
-        with patch("lorasmith.training.loop.mean_loss", side_effect=[1.0, 2.0, 3.0][done:]) as validation:
+        with patch(
+            "lorasmith.training.loop.mean_losses", side_effect=[[1.0], [2.0], [3.0]][done:]
+        ) as validation:
             steps = steps_of(
                 model,
                 make_examples(12),

@@ -78,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop_after, dropout):
 def test_the_last_ones_and_the_best_are_kept(tmp_path, monkeypatch):
     # The validation losses are given: best at step 7, between two others that are saved.
     losses = iter([abs(step - 7) + 1.0 for step in range(1, 21)])
-    monkeypatch.setattr("lorasmith.training.loop.mean_loss", lambda *args, **options: next(losses))
+    monkeypatch.setattr("lorasmith.training.loop.mean_losses", lambda *args, **options: [next(losses)])
     run(tmp_path, settings=SETTINGS.model_copy(update={"evaluate_every": 1, "save_every": 5}))
     names = {folder.name for folder in (tmp_path / "checkpoints").glob("step-*")}
     assert names == {"step-000007", "step-000015", "step-000020"}

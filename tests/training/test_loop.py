@@ -11,7 +11,7 @@ from lorasmith.data.tokens import IGNORE_INDEX
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import NonFiniteLossError
-from lorasmith.training.loop import mean_loss, train
+from lorasmith.training.loop import mean_losses, train
 from lorasmith.training.schedule import StepOrder
 from lorasmith.training.settings import TrainingSettings
 
@@ -152,10 +152,10 @@ def test_validation_is_the_mean_over_all_learnt_tokens(examples, tmp_path):
     held_out = make_examples(7, seed=9)
     total = learnt = 0.0
     for example in held_out:
-        one = mean_loss(model, [example], SETTINGS, forward)
+        (one,) = mean_losses(model, [example], SETTINGS, forward)
         count = int((example.labels != IGNORE_INDEX).sum())
         total, learnt = total + one * count, learnt + count
-    assert mean_loss(model, held_out, SETTINGS, forward) == pytest.approx(total / learnt, rel=1e-5)
+    assert mean_losses(model, held_out, SETTINGS, forward) == pytest.approx([total / learnt], rel=1e-5)
     reports = run(model, examples, tmp_path, validation=held_out)
     assert [r.step for r in reports if r.validation_loss is not None] == [5, 10, 15, 20]
 

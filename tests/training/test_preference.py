@@ -414,6 +414,8 @@ def test_a_run_on_pairs_learns_them_and_goes_on_after_a_stop(tmp_path, tiny_base
     assert reports[-1].validation_loss < 0.69
     metrics = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert metrics[-1]["reward_margin"] > metrics[0]["reward_margin"]
+    assert metrics[-1]["validation_reward_accuracy"] == 1
+    assert "validation_reward_accuracy" not in metrics[0]
     assert json.loads((tmp_path / "whole" / "receipt.json").read_text())["used"] == 24
     for report in run_job(job := prepare(settings, tmp_path / "stopped"), lambda: True):
         assert report.step == 1

@@ -306,7 +306,11 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
                     f"rate {report.learning_rate:.2g}  {speed} tokens/s"
                 )
             if report.validation_loss is not None:
-                console.print(f"step {report.step}: validation loss [bold]{report.validation_loss:.3f}[/]")
+                measured = report.validation_measured
+                right = f", right {measured['reward_accuracy']:.0%}" if measured else ""
+                console.print(
+                    f"step {report.step}: validation loss [bold]{report.validation_loss:.3f}[/]{right}"
+                )
 
         yield show
 

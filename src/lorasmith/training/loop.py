@@ -67,6 +67,7 @@ class StepReport:
     checkpoint: Path | None = None
     memory_note: str | None = None  # what was done when this step ran out of memory
     measured: Mapping[str, float] | None = None  # what else the objective tells, as means
+    validation_measured: Mapping[str, float] | None = None  # the same of the validation data
 
     @property
     def tokens_per_second(self) -> float:
@@ -188,10 +189,10 @@ def train(
         done = step + 1
         stopping = team.any(should_stop())
         last = done == num_steps
-        validation_loss = None
+        validation_loss, validated = None, None
         is_best = False
         if validation is not None and (done % evaluate_every == 0 or last):
-            validation_loss = mean_loss(
+            validation_loss, *of_validation = mean_losses(
                 model,
                 validation,
                 settings,
@@ -203,6 +204,7 @@ def train(
             )
             is_best = best is None or validation_loss < best
             best = validation_loss if is_best else best
+            validated = dict(zip(objective.tells, of_validation, strict=True)) or None
         report = StepReport(
             step=done,
             num_steps=num_steps,
@@ -216,6 +218,7 @@ def train(
             validation_loss=validation_loss,
             memory_note=memory_note,
             measured=dict(zip(objective.tells, means, strict=True)) or None,
+            validation_measured=validated,
         )
         record(report)
         if done % save_every == 0 or last or stopping or is_best:
@@ -239,7 +242,7 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(
+def mean_losses(
     model: PeftModel | PreTrainedModel,
     dataset: Sequence[TokenizedExample],
     settings: TrainingSettings,
@@ -249,11 +252,14 @@ def mean_loss(
     name: str | None = None,
     fit: Fit | None = None,
     team: Team = ALONE,
-) -> float:
-    """Return the mean loss over all learnt tokens (or pairs) of ``dataset``, in nats, without dropout."""
+) -> list[float]:
+    """Return the mean loss over all learnt tokens (or pairs) of ``dataset``, in nats, without dropout.
+
+    Behind it stand the means of what the objective tells.
+    """
     model.eval()
     fit = fit or Fit.unmeasured(settings, forward.checkpointing, forward.device)
-    total, count = 0.0, 0
+    totals, count = [0.0] * (1 + len(objective.tells)), 0
     for low in range(0, len(dataset), 64):
         indices = range(low, min(low + 64, len(dataset)))
         if name is not None:
@@ -261,8 +267,10 @@ def mean_loss(
         packs = _pack(dataset, indices, settings, forward, fit, team)
         count += sum(objective.count(pack) for pack in packs)
         for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
-            total += weight * objective.loss(forward, packs[place], name)[0].item()
-    return team.total(total)[0] / count
+            loss, told = objective.loss(forward, packs[place], name)
+            found = (loss.item(), *told)
+            totals = [total + weight * value for total, value in zip(totals, found, strict=True)]
+    return [total / count for total in team.total(*totals)]
 
 
 def _asking(

@@ -42,9 +42,10 @@ def as_metrics(report: StepReport) -> dict[str, Any]:
     metrics = {
         key: value
         for key, value in asdict(report).items()
-        if value is not None and key not in ("checkpoint", "measured")
+        if value is not None and key not in ("checkpoint", "measured", "validation_measured")
     }
     metrics |= report.measured or {}
+    metrics |= {f"validation_{key}": value for key, value in (report.validation_measured or {}).items()}
     return {**metrics, "tokens_per_second": round(report.tokens_per_second, 1)}
 
 
