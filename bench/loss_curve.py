@@ -131,7 +131,7 @@ def draw(curves: dict[str, list[float]], dtype: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (losses, apart) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=[2, 1])
-    styles = {"plain": "-", "engine": "--", "engine, float32": ":"}
+    styles = {"plain": "C0-", "engine": "C1--", "engine, float32": "C2:"}
     for name, curve in curves.items():
         losses.plot(
             range(1, len(curve) + 1), curve, styles[name], label=name if "," in name else f"{name}, {dtype}"
@@ -144,8 +144,9 @@ def draw(curves: dict[str, list[float]], dtype: str, path: Path) -> None:
     losses.set_ylabel("loss (nats a token)")
     apart.set_ylabel("difference")
     apart.set_xlabel("step")
+    apart.set_ylim(top=2 * apart.get_ylim()[1])  # room for the legend
     for axes in (losses, apart):
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2 if axes is apart else 1, loc="upper right")
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
