@@ -20,7 +20,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	@echo "Running the tests, $(JOBS) at a time (about twenty minutes on two slow cores) ..."
-	@$(BIN)/python -m pytest -n $(JOBS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	@echo "All green. Next: make check, then commit."
 
 check: $(VENV)/.ready-dev

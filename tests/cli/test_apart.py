@@ -55,6 +55,9 @@ def test_watching_can_end_it(start):
 
 
 def test_ctrl_c_is_passed_on_and_the_training_ends_by_itself(start, tmp_path):
+    # Tests that were started with & ignore Ctrl-C, so would their children, and sh cannot trap what it ignores.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt(steps):
         if (tmp_path / "ready").exists():
             os.kill(os.getpid(), signal.SIGINT)
