@@ -14,7 +14,7 @@ from conftest import make_tiny_model
 from export.test_merge import make_run
 from lorasmith.data.example import Message
 from lorasmith.data.settings import PromptSettings
-from lorasmith.errors import BaseModelError, EndpointError, RecipeError, SettingsError
+from lorasmith.errors import EndpointError, RecipeError, RunError, SettingsError
 from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.langchain import ChatLorasmith
@@ -196,7 +196,7 @@ def test_tokens_are_counted_by_the_models_own_tokenizer(tuned, tiny_tokenizer):
         (lambda m: m.invoke("gm", logit_bias={}), SettingsError, "does not know: logit_bias"),
         (lambda m: m.invoke("gm", top_p=7), SettingsError, "top_p"),
         (lambda m: m.with_structured_output({}), SettingsError, "come from a server only"),
-        (lambda m: m.invoke("gm", model="/no/such/run"), BaseModelError, "no/such/run"),
+        (lambda m: m.invoke("gm", model="/no/such/run"), RunError, "no/such/run"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_words(tuned, ask, error, text):

@@ -303,7 +303,8 @@ def test_what_reads_as_a_name_of_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "runs/nowhere", "../nowhere"])
 def test_what_is_no_name_of_the_hub_is_not_looked_for_there(hub, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "down")  # ../nowhere: no runs of other tests beside it
     with pytest.raises(RunError, match=f"{name} is not there. A run folder holds run.json"):
         find_model(name)
     assert not hub.seen

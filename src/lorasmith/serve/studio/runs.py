@@ -127,7 +127,8 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
             concurrency_limit=None,
             api_visibility="private",
         )
-    run.change(
+    # By the user's choice alone: when the list of runs is read again, what was just said of this run stays.
+    run.input(
         lambda: (gr.DownloadButton(visible=False), ""), None, [download, said], api_visibility="private"
     )
     serve.click(lambda name: act(partial(serve_run, service), name), run, said, api_visibility="private")
