@@ -1,7 +1,5 @@
 """KTO's losses equal TRL's and the paper's formula, in packs and with several processes; bad labels are refused."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -20,8 +18,10 @@ from lorasmith.training.settings import ObjectiveSettings
 from .conftest import make_adapted
 from .test_preference import (
     SETTINGS,
+    TRL_SETTINGS,
     gradients_of_steps,
     make_pairs,
+    needs_trl,
     plain_log_prob,
     run_file,
     same_gradients,
@@ -97,7 +97,7 @@ def test_ten_steps_equal_the_formula_in_plain_torch(tmp_path):
     same_gradients(theirs_of_steps, ours_of_steps)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+@needs_trl
 @pytest.mark.filterwarnings("ignore")
 def test_ten_steps_equal_trl(tmp_path, tiny_tokenizer):
     import datasets
@@ -133,23 +133,10 @@ def test_ten_steps_equal_trl(tmp_path, tiny_tokenizer):
 
     arguments = KTOConfig(
         output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        beta=0.1,
+        **TRL_SETTINGS,
         desirable_weight=1.5,
         undesirable_weight=0.8,
         train_sampling_strategy="sequential",
-        logging_strategy="no",
     )
     theirs = make_adapted()
     theirs.get_base_model().set_attn_implementation("sdpa")

@@ -25,6 +25,23 @@ from .conftest import make_adapted
 SETTINGS = TrainingSettings(
     batch_size=4, epochs=2, learning_rate=1e-2, warmup_steps=0, seed=5, max_grad_norm=1e9
 )
+# SETTINGS in TRL's words, and nothing that is saved, told or drawn.
+TRL_SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0,
+    "max_grad_norm": 1e9,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "beta": 0.1,
+}
 PAIRWISE = ("dpo", "ipo", "orpo", "simpo")
 
 
@@ -205,19 +222,7 @@ def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int
 
     arguments = DPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        beta=0.1,
+        **TRL_SETTINGS,
         loss_type=[loss_type],
     )
     model.get_base_model().set_attn_implementation("sdpa")
@@ -307,20 +312,7 @@ def test_ten_steps_of_orpo_equal_trl(tmp_path, tiny_tokenizer):
 
     arguments = ORPOConfig(
         output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        learning_rate=1e-2,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        max_grad_norm=1e9,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        logging_strategy="no",
-        beta=0.1,
+        **TRL_SETTINGS,
     )
     theirs = make_adapted()
     theirs.get_base_model().set_attn_implementation("sdpa")
