@@ -67,6 +67,10 @@ class Format:
     to_messages: Callable[[Mapping[str, Any]], tuple[Message, ...]]
     kind: RowKind = "answers"
 
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a row has all of its keys."""
+        return all(key in fields for key in self.keys)
+
     def teaches(self, kind: RowKind) -> bool:
         """Whether its rows can be read as ``kind``: their own, and of pairs one good and one bad answer."""
         return self.kind == kind or (self.kind == "pairs" and kind == "labelled")
@@ -97,7 +101,7 @@ class Format:
         Raises:
             RowProblem: the row has nothing to learn, or is of another format.
         """
-        if any(key not in fields for key in self.keys):
+        if not self.fits(fields):
             other = detect_format(fields)
             if other or not any(key in fields for key in self.keys):
                 what = f"a row of {other.title}" if other else describe_keys(fields)
@@ -145,7 +149,7 @@ def _document(fields: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _labelled(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    inner = next((f for f in _formats_of("answers") if all(key in fields for key in f.keys)), None)
+    inner = next((f for f in _formats_of("answers") if f.fits(fields)), None)
     if inner is None:
         raise RowProblem("another schema", f"a label, and no answer: {describe_keys(fields)}", is_error=True)
     return inner.to_messages(fields)
@@ -211,7 +215,7 @@ def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Forma
         return None
     if kind == "answers" and (_is_pair(fields) or _is_labelled(fields)):
         return None
-    return next((f for f in _formats_of(kind) if all(key in fields for key in f.keys)), None)
+    return next((f for f in _formats_of(kind) if f.fits(fields)), None)
 
 
 def _is_pair(fields: Mapping[str, Any]) -> bool:
@@ -224,7 +228,7 @@ def _is_labelled(fields: Mapping[str, Any]) -> bool:
     is_truth = isinstance(label, bool) or (
         isinstance(label, str) and label.strip().lower() in ("true", "false")
     )
-    return is_truth and any(all(key in fields for key in f.keys) for f in _formats_of("answers"))
+    return is_truth and any(f.fits(fields) for f in _formats_of("answers"))
 
 
 def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str:

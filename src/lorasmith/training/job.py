@@ -426,8 +426,9 @@ def _make_objective(
     references = {}
     if objective.needs_reference:
         say("Reference: the base's log probabilities of the answers, computed once and kept in the cache")
-    for name, examples in (("train", dataset), ("validation", validation)):
-        if examples is not None and objective.needs_reference:
+    both = {"train": dataset} if validation is None else {"train": dataset, "validation": validation}
+    for name, examples in both.items():
+        if objective.needs_reference:
             references[name] = reference_log_probs(
                 model,
                 forward,
@@ -441,15 +442,13 @@ def _make_objective(
             )
     if objective.name != "kto":
         return Preference(objective, references)
-    named = {"train": dataset, "validation": validation}
-    there = {name: examples for name, examples in named.items() if examples is not None}
     assert isinstance(model, PeftModel), "check_objective has refused full fine-tuning"
     return Kto(
         model,
         objective,
         references,
-        {name: examples.is_rejected for name, examples in there.items()},
-        max(int(examples.lengths.max()) for examples in there.values()),
+        {name: examples.is_rejected for name, examples in both.items()},
+        max(int(examples.lengths.max()) for examples in both.values()),
     )
 
 
