@@ -2,10 +2,12 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -100,6 +102,20 @@ def test_a_client_that_leaves_is_not_answered_further(tiny_base_folder):
         page = httpx2.get(f"{url}/metrics").text
     assert "lorasmith_cancelled_total 2.0" in page
     assert page.count('status="499"} 1.0') + page.count('status="499"} 2.0') == 1
+
+
+def test_a_client_that_leaves_while_it_asks_is_no_fault_of_ours(tiny_base_folder):
+    service = open_service(tiny_base_folder, {})
+    with serving(service) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            connection.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"model":'.encode())
+        end = time.monotonic() + 5
+        while (page := httpx2.get(f"{url}/metrics").text).count("status=") == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert 'lorasmith_requests_total{model="",status="499"} 1.0' in page
+    assert 'status="500"' not in page
 
 
 def test_a_full_server_answers_429_with_a_time(tiny_base_folder):

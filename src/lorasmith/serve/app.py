@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from lorasmith.errors import LorasmithError
 from lorasmith.serve.faults import RequestError, error_body, read_fault
@@ -32,6 +33,9 @@ from lorasmith.serve.schema import (
 )
 from lorasmith.serve.service import Answering, Service
 from lorasmith.serve.settings import LOCAL_HOSTS
+
+
+CLIENT_LEFT = 499  # nginx's number
 
 
 def create_app(
@@ -64,6 +68,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])
     app.add_exception_handler(LorasmithError, _answer_fault)
     app.add_exception_handler(HTTPException, _answer_http_fault)
+    app.add_exception_handler(ClientDisconnect, _note_gone)
     app.add_exception_handler(Exception, _answer_defect)
     app.include_router(_open_routes(service))
     app.include_router(_routes(service), prefix="/v1", dependencies=[Depends(_key_check(keys or Keys()))])
@@ -197,8 +202,8 @@ async def _answer(request: Request, service: Service, reply: Reply, prompts: lis
             done.status = told.status
             return JSONResponse(error_body(told), status_code=told.status)
         if not is_there:
-            done.status = 499
-            return Response(status_code=499)
+            done.status = CLIENT_LEFT
+            return Response(status_code=CLIENT_LEFT)
         return JSONResponse(reply.whole(answering))
 
 
@@ -260,7 +265,7 @@ class _Record:
         service, reply, answering = self._service, self._reply, self._answering
         service.cancel(answering)
         if fault is not None:
-            self.status = 499  # nginx's number for a client that left
+            self.status = CLIENT_LEFT
         seconds = time.monotonic() - answering.started
         first = answering.first_part and answering.first_part - answering.started
         service.metrics.note_request(reply.model.name, self.status)
@@ -299,6 +304,13 @@ async def _answer_http_fault(request: Request, fault: Exception) -> Response:
         code="unknown_url" if fault.status_code == 404 else None,
     )
     return JSONResponse(error_body(told), status_code=told.status, headers=fault.headers)
+
+
+async def _note_gone(request: Request, fault: Exception) -> Response:
+    """Count a client that left before its request was read; nobody hears the answer."""
+    service: Service = request.app.state.service
+    service.metrics.note_request("", CLIENT_LEFT)
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _answer_defect(request: Request, fault: Exception) -> Response:
