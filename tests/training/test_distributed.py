@@ -130,6 +130,33 @@ def test_losses_and_weights_are_those_of_one_process(processes, words, tmp_path,
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == count
 
 
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preferences_learnt_by_two_processes_are_those_of_one(processes, words, tmp_path, objective):
+    labelled = [
+        {"instruction": f"What is {'very ' * (i % 5)} {i}?", "output": f"It is {i * 7}.", "label": i % 3 > 0}
+        for i in range(28)
+    ]
+    pairs = [
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": f"Who knows, {i}?"}
+        for i, row in enumerate(labelled)
+    ]
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(labelled if objective == "kto" else pairs))
+    own = [*words, f"data.train={data}", f"objective.name={objective}"]
+    told = {}
+    for count in (1, 2):
+        members = Members(processes, count, own, tmp_path / str(count))
+        outcomes = [members.until_end(rank) for rank in range(count)]
+        assert [said for _, said in outcomes] == ["end"] * count
+        told[count] = outcomes[0][0]
+    assert_same_run(tmp_path / "2", told[2], (tmp_path / "1", told[1]))
+    of_one, of_two = (read_metrics(tmp_path / str(count) / "metrics.jsonl") for count in (1, 2))
+    for one, two in zip(of_one, of_two, strict=True):
+        assert one["measured"].keys() == two["measured"].keys() != set()
+        for name, value in one["measured"].items():
+            assert two["measured"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
 def test_the_dearest_packs_are_given_out_first_and_none_twice():
     assert divide([7, 6, 3, 3], 2) == [[0, 3], [1, 2]]
     assert divide([5], 3) == [[0], [], []]

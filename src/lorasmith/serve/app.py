@@ -34,7 +34,6 @@ from lorasmith.serve.schema import (
 from lorasmith.serve.service import Answering, Service
 from lorasmith.serve.settings import LOCAL_HOSTS
 
-
 CLIENT_LEFT = 499  # nginx's number
 
 
