@@ -37,6 +37,16 @@ def test_a_system_prompt_makes_no_other_question():
     assert find_leaks([EvaluationRow(asked, "x", (), "a:1")], TRAINING) == {0: "train:1"}
 
 
+def test_a_question_is_found_in_a_plain_text_as_whole_words():
+    text = Example((Message("part", "1. Pay\n**How often do we get PAID?**\nTwice a month."),), "faq.md:1")
+    rows = [
+        row("How often do we get paid", "a:1"),
+        row("ow often do we get paid", "a:2"),
+        row("get paid?", "a:3"),  # too short to say anything
+    ]
+    assert find_leaks(rows, [text]) == {0: "faq.md:1"}
+
+
 @pytest.mark.parametrize(
     ("answer", "share", "whole_of"),
     [

@@ -109,7 +109,9 @@ def test_a_client_that_leaves_while_it_asks_is_no_fault_of_ours(tiny_base_folder
     with serving(service) as url:
         address = urlsplit(url)
         with socket.create_connection((address.hostname, address.port)) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            )
             connection.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"model":'.encode())
         end = time.monotonic() + 5
         while (page := httpx2.get(f"{url}/metrics").text).count("status=") == 0 and time.monotonic() < end:

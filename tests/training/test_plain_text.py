@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasmith.cli.candidates import check_held_out_is_there
 from lorasmith.cli.run_file import load_run_file, train
 from lorasmith.data.dataset import prepare_dataset
 from lorasmith.data.prompts import choose_recipe
@@ -13,6 +14,8 @@ from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.tokens import documents_of
 from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import SettingsError
+from lorasmith.evaluation.page import render_page
 from lorasmith.evaluation.report import make_report, to_json
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.export.merge import merge
@@ -116,6 +119,32 @@ def test_it_is_judged_by_text_that_was_held_out(text_run):
     assert "pieces of held-out text" in reason.text
     assert not [reason for reason in report.verdict.reasons if reason.about == "Right answers"]
     assert to_json(report)["text"]["compared"]["lost"] == report.text.compared.lost
+
+
+def test_questions_that_stand_in_the_texts_are_left_out(text_run, tmp_path):
+    rows = [
+        {"instruction": "The office is in Saigon, day 3", "output": "Yes."},
+        {"instruction": "Which day is it in the office?", "output": "Day 3."},
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    questions = str(tmp_path / "questions.json")
+    report = make_report(text_run, ReportSettings(data=(questions,), max_questions=5))
+    assert report.trained is None  # texts are no questions
+    [of_file] = report.held_out.sets
+    assert [leak.question for leak in of_file.leaked] == ["The office is in Saigon, day 3"]
+    assert [row.question for row in report.held_out.rows] == ["Which day is it in the office?"]
+    assert "that a training text has too" in render_page(report)
+    left = {**rows[1], "instruction": "Which day may it be, I ask you?"}
+    (tmp_path / "questions.json").write_text(json.dumps([left]))
+    report = make_report(text_run, ReportSettings(data=(questions,), max_questions=5))
+    assert "No held-out question stands in the training texts" in render_page(report)
+
+
+def test_methods_are_not_compared_by_texts_alone(notes):
+    words = [f"data.train={notes}", "objective.name=text", "training.validation_share=0.2"]
+    with pytest.raises(SettingsError, match="plain texts hold none"):
+        check_held_out_is_there(load_run_file(None, words, {}))
+    check_held_out_is_there(load_run_file(None, [*words, "report.data=questions.json"], {}))
 
 
 def test_it_is_asked_and_merged_as_its_base(text_run, tmp_path):

@@ -141,7 +141,12 @@ def check_budgets(candidates: Sequence[Candidate]) -> None:
 
 
 def check_held_out_is_there(run_file: RunFile) -> None:
-    """Raise SettingsError where nothing is held out to compare by."""
+    """Raise SettingsError where nothing is held out to compare by: questions, also of runs on plain texts."""
+    if run_file.objective.name == "text" and not run_file.report.data:
+        raise SettingsError(
+            "Methods are compared by the questions that they answer right, and plain texts hold none. Name questions "
+            "with their answers: report.data=FILE. (What a run on texts has learnt of them, its own report says.)"
+        )
     if not (run_file.report.data or run_file.data.validation or run_file.training.validation_share):
         raise SettingsError(
             "Nothing is held out, so no method can be called better than another. Name questions that are not trained "

@@ -41,5 +41,10 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The content of the last turn, which is always the assistant's."""
+        """The content of the last turn, which is the assistant's; of a plain text, all of it."""
         return self.messages[-1].content
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text, or a part of one, and no conversation."""
+        return self.messages[-1].role in ("document", "part")

@@ -104,7 +104,7 @@ class PromptRecipe:
         Raises:
             RecipeError: the template refuses the conversation or does not show all of it.
         """
-        if example.messages[0].role in ("document", "part"):
+        if example.is_text:
             return self._write_text(example.messages[0])
         return self._fill(self._with_system(example.messages), stops_before_answer=False)
 

@@ -78,7 +78,10 @@ class TrainingData:
         return self._source is not None
 
     def examples(self) -> Iterator[Example]:
-        """Yield what was trained on, without the validation share; nothing where it is gone, or has no answers."""
+        """Yield what was trained on, without the validation share; nothing where it is gone.
+
+        Of plain texts, the documents that were held out are among them.
+        """
         return (example for number, example in enumerate(self._read()) if number not in self._held_out)
 
     def answers(self) -> Iterator[Example]:
@@ -122,7 +125,7 @@ class TrainingData:
                 yield number
 
     def _read(self) -> Iterator[Example]:
-        if self._source is None or self._kind == "documents":
+        if self._source is None:
             return
         ledger = Ledger(self._source.name, [file.name for file in self._source.files], skips_faults=True)
         for example, _ in read_examples(self._source, self._data.format, ledger, Position(), self._kind):

@@ -8,6 +8,7 @@ from lorasmith.data.example import Example, Message
 from lorasmith.evaluation.questions import EvaluationRow
 
 RUN_WORDS = 8  # words in a row that count as copied: shorter ones are turns of phrase
+QUESTION_WORDS = 4  # a shorter question stands in a plain text by chance
 
 _WORD = re.compile(r"\w+")
 
@@ -27,20 +28,30 @@ class Copying:
 def find_leaks(rows: Sequence[EvaluationRow], training: Iterable[Example]) -> dict[int, str]:
     """Return where each held-out row that was trained on stands in the training data, by the row's number.
 
-    The same question is the same words in the same order; capitals, punctuation and white space do not matter.
+    The same question is the same words in the same order; capitals, punctuation and white space do not matter. In a
+    plain text its last turn is looked for, if it has four words or more.
     """
     keys = [_question_key(row.asked) for row in rows]
     wanted = set(keys)
+    in_texts = {
+        key: _in_line(words)
+        for key, row in zip(keys, rows, strict=True)
+        if len(words := _words(f"{row.asked[-1].content} {row.asked[-1].input}")) >= QUESTION_WORDS
+    }
     found: dict[str, str] = {}
     for example in training:
-        key = _question_key(example.question)
-        if key in wanted:
+        if example.is_text:
+            text = _in_line(_words(example.answer))
+            stand_here = [key for key, words in in_texts.items() if words in text]
+        else:
+            stand_here = [key] if (key := _question_key(example.question)) in wanted else []
+        for key in stand_here:
             found.setdefault(key, example.where)
     return {number: found[key] for number, key in enumerate(keys) if key in found}
 
 
 def measure_copying(answers: Sequence[str], training: Iterable[Example]) -> list[Copying]:
-    """Return for each answer how much of it stands in the training answers. One pass over the training data."""
+    """Return for each answer how much of it stands in the training answers, or texts. One pass over them."""
     words = [_words(answer) for answer in answers]
     wanted = {run for answer in words for run in _runs(answer)}
     wholes: dict[tuple[str, ...], str] = {}
@@ -68,6 +79,10 @@ def _runs(words: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
+
+
+def _in_line(words: tuple[str, ...]) -> str:
+    return f" {' '.join(words)} "  # so that no word is found within another
 
 
 def _question_key(messages: Sequence[Message]) -> str:

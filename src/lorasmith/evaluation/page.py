@@ -59,7 +59,7 @@ def render_page(report: Report) -> str:
         "number": _number,
     }
     if held_out is not None:
-        page |= _held_out_part(held_out)
+        page |= _held_out_part(held_out, is_of_texts=report.record.data.get("kind") == "documents")
     return _environment().get_template("page.jinja").render(page)
 
 
@@ -71,7 +71,7 @@ def _environment() -> Environment:
     )
 
 
-def _held_out_part(held_out: HeldOut) -> dict[str, Any]:
+def _held_out_part(held_out: HeldOut, *, is_of_texts: bool) -> dict[str, Any]:
     questions = [_question(held_out, place) for place in range(len(held_out.rows))]
     used = {kind for question in questions for kind in question["kinds"]}
     return {
@@ -81,9 +81,9 @@ def _held_out_part(held_out: HeldOut) -> dict[str, Any]:
         "questions": questions,
         "kinds": [(kind, name) for kind, name in _KINDS if kind == "all" or kind in used],
         "medians": [(group.name, round(median(group.words))) for group in _lengths(held_out)],
-        "copied": _copied(held_out),
+        "copied": _copied(held_out, is_of_texts),
         "leaked": [leak for question_set in held_out.sets for leak in question_set.leaked],
-        "has_training_data": held_out.copying is not None,
+        "searched": held_out.copying and ("training texts" if is_of_texts else "training data"),
     }
 
 
@@ -177,13 +177,18 @@ def _forgotten(report: Report) -> list[tuple[str, list[dict[str, str]]]]:
     return [(title, rows) for title, rows in groups.items() if rows]
 
 
-def _copied(held_out: HeldOut) -> str:
+def _copied(held_out: HeldOut, is_of_texts: bool) -> str:
     if held_out.copying is None:
         return "The training data is not where it was, so copying and leakage were not looked for."
     pairs = list(zip(held_out.copying, held_out.tuned.records, strict=True))
     whole = Count(sum(copying.whole_of is not None for copying, _ in pairs), len(pairs))
     wrong = sum(copying.whole_of is not None and not record.is_right for copying, record in pairs)
     share = sum(copying.share for copying, _ in pairs) / len(pairs)
+    if is_of_texts:
+        return (
+            f"{share:.0%} of the words of the tuned answers stand in runs of {RUN_WORDS} or more that a training text "
+            "has too: the model quotes them."
+        )
     return (
         f"{whole} of the tuned answers are a training answer from beginning to end, {wrong} of them as the answer to "
         f"the wrong question. {share:.0%} of their words stand in runs of {RUN_WORDS} or more that a training answer "
@@ -202,6 +207,14 @@ def _lengths(held_out: HeldOut) -> list[Lengths]:
     ]
 
 
+_LOSS_SAYS = {
+    "answers": "how much the training answers surprise it",
+    "documents": "how much the training texts surprise it",
+    "pairs": "how far it is from preferring the chosen answers",
+    "labelled": "how far it is from telling good answers from bad ones",
+}
+
+
 def _charts(report: Report) -> dict[str, Any]:
     charts: dict[str, Any] = {"loss": "", "speed": "", "rate": "", "lengths": ""}
     if report.held_out is not None:
@@ -216,9 +229,8 @@ def _charts(report: Report) -> dict[str, Any]:
         validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
         if validation:
             lines.append(Line("validation", "mark", validation))
-        charts["loss"] = draw_lines(
-            lines, x_label="step", y_label="Loss: how much the training answers surprise it"
-        )
+        kind = report.record.data.get("kind", "answers")
+        charts["loss"] = draw_lines(lines, x_label="step", y_label=f"Loss: {_LOSS_SAYS[kind]}")
         speeds = [(m["step"], m["tokens_per_second"]) for m in metrics]
         charts["speed"] = draw_lines(
             [Line("speed", "tuned", speeds)], x_label="step", y_label="Tokens a second"

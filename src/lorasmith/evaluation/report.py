@@ -169,8 +169,11 @@ def make_report(
     tokenizer = tuned.chat.tokenizer
     sets = choose_questions(run_dir, record, training, settings, tuned.chat.recipe, tokenizer)
     rows = [row for question_set in sets for row in question_set.rows]
-    trained_rows = sample_training(
-        training.answers(), record.data["num_examples"], settings.max_training_questions
+    is_of_texts = record.data.get("kind") == "documents"
+    trained_rows = (
+        []  # texts are no questions
+        if is_of_texts
+        else sample_training(training.answers(), record.data["num_examples"], settings.max_training_questions)
     )
 
     def ask(side: KeptChat, name: str, some: Sequence[EvaluationRow], max_tokens: int) -> AnswersReport:
@@ -202,7 +205,6 @@ def make_report(
         )
     trained = ask(tuned, "tuned, training questions", trained_rows, max_tokens) if trained_rows else None
     general = general_questions()
-    is_of_texts = record.data.get("kind") == "documents"
     text = read_held_out_text(run_dir, record, untuned, tuned, settings) if is_of_texts else None
     probe = Probe(
         rows=tuple(general),

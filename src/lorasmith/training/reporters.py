@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.settings import RowKind
 from lorasmith.errors import MissingExtraError
 from lorasmith.files import storing, write_whole
 from lorasmith.training.loop import StepReport
@@ -59,6 +60,14 @@ def note_samples(run_dir: Path, step: int, asked: Sequence[tuple[str, str]]) -> 
         file.write("".join(lines))
 
 
+LOSS_IS: Mapping[RowKind, str] = {
+    "answers": "nats per learnt token",
+    "documents": "nats per token",
+    "pairs": "mean over pairs",
+    "labelled": "mean over labelled answers",
+}
+
+
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     """Return what :func:`note_samples` wrote, in order; of steps that a resumed run did again, the last answer."""
     return list({(s["step"], s["question"]): s for s in read_metrics(run_dir / SAMPLES)}.values())
@@ -77,8 +86,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def draw_loss(run_dir: Path) -> Path | None:
-    """Draw loss.png from metrics.jsonl: training loss of each step, its running mean, validation loss."""
+def draw_loss(run_dir: Path, kind: RowKind) -> Path | None:
+    """Draw loss.png from metrics.jsonl: training loss of each step, its running mean, validation loss.
+
+    ``kind`` is what the run's rows are: it says what the loss is a mean of.
+    """
     from matplotlib.figure import Figure
 
     metrics = read_metrics(run_dir / "metrics.jsonl")
@@ -95,7 +107,7 @@ def draw_loss(run_dir: Path) -> Path | None:
         axes.plot(
             *zip(*validation, strict=True), color="#c25b1a", marker="o", linewidth=2, label="validation"
         )
-    axes.set(xlabel="step", ylabel="loss (nats per learnt token)", title=run_dir.name)
+    axes.set(xlabel="step", ylabel=f"loss ({LOSS_IS[kind]})", title=run_dir.name)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -203,7 +203,7 @@ def draw_curves(places: Places, names: Sequence[str]) -> str:
         lines.append(
             Line(name, f"run-{number}", list(zip([step["step"] for step in metrics], means, strict=True)))
         )
-    return draw_lines(lines, x_label="step", y_label="Training loss, running mean (nats a learnt token)")
+    return draw_lines(lines, x_label="step", y_label="Training loss, running mean")
 
 
 def serve_run(service: Service, places: Places, name: str) -> str:

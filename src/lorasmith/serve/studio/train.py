@@ -280,4 +280,4 @@ def _curves(progress: Progress) -> Markup:
     ]
     if validation:
         lines.append(Line("validation", "mark", validation))
-    return draw_lines(lines, x_label="step", y_label="Loss (nats a learnt token)")
+    return draw_lines(lines, x_label="step", y_label="Loss")
