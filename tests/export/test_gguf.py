@@ -89,17 +89,20 @@ def test_llama_cpp_packs_what_the_gguf_package_unpacks(kind, step):
 def test_q4_k_m_mixes_types_as_llama_quantize_does():
     def kinds(part, width, layers=range(30)):
         weight = torch.empty(8, width)
-        return "".join(kind_of(f"blk.{i}.{part}.weight", weight, "q4_k_m", 30).name[1] for i in layers)
+        return "".join(
+            kind_of(f"blk.{i}.{part}.weight", weight, "q4_k_m", 30, is_tied=True).name[1] for i in layers
+        )
 
     # SmolLM2-135M has 30 layers: the first 3, the last 4, and of those between every third.
     mixed = "666" + "446" * 7 + "44" + "6666"
     assert (kinds("ffn_down", 1536), kinds("attn_v", 1536)) == (mixed, mixed)
     assert kinds("attn_q", 1536) == "4" * 30
     assert kinds("ffn_up", 576, [0]) == "5"  # rows no multiple of 256
-    assert kind_of("token_embd.weight", torch.empty(8, 576), "q4_k_m", 30).name == "Q8_0"
-    assert kind_of("token_embd.weight", torch.empty(8, 512), "q4_k_m", 30).name == "Q6_K"
-    assert kind_of("output_norm.weight", torch.empty(512), "q4_k_m", 30).name == "F32"
-    assert kind_of("output.weight", torch.empty(8, 40), "q8_0", 2).name == "F16"
+    assert kind_of("token_embd.weight", torch.empty(8, 576), "q4_k_m", 30, is_tied=True).name == "Q8_0"
+    assert kind_of("token_embd.weight", torch.empty(8, 512), "q4_k_m", 30, is_tied=True).name == "Q6_K"
+    assert kind_of("token_embd.weight", torch.empty(8, 512), "q4_k_m", 30, is_tied=False).name == "Q4_K"
+    assert kind_of("output_norm.weight", torch.empty(512), "q4_k_m", 30, is_tied=True).name == "F32"
+    assert kind_of("output.weight", torch.empty(8, 40), "q8_0", 2, is_tied=False).name == "F16"
 
 
 def test_a_run_is_merged_and_exported_with_both_proofs(tmp_path, run):

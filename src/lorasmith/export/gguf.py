@@ -10,6 +10,7 @@ llama.cpp rotates neighbouring rows of q and k where transformers rotates halves
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,21 @@ def write_model(folder: Path, recipe: PromptRecipe, tokenizer, file: Path, *, qu
         writer.add_quantization_version(2)
         _add_config(writer, config)
         _add_tokenizer(writer, tokenizer, recipe, config.vocab_size)
+        choose = partial(
+            kind_of,
+            quant=quant,
+            num_layers=config.num_hidden_layers,
+            is_tied=config.tie_word_embeddings,
+        )
         for ggml_name, tensor in _tensors(folder, config):
-            kind = kind_of(ggml_name, tensor, quant, config.num_hidden_layers)
+            kind = choose(ggml_name, tensor)
             shape = byte_shape(tensor, kind)
             writer.add_tensor_info(ggml_name, shape, np.dtype(np.uint8), math.prod(shape), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for ggml_name, tensor in _tensors(folder, config):
-            kind = kind_of(ggml_name, tensor, quant, config.num_hidden_layers)
+            kind = choose(ggml_name, tensor)
             writer.write_tensor_data(pack(tensor, kind))
     finally:
         writer.close()

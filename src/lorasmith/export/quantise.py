@@ -20,18 +20,15 @@ _F32, _F16, _BF16, _Q8_0, _Q4_0, _Q4_K, _Q5_0, _Q6_K = (
 
 @dataclass(frozen=True)
 class Quantisation:
-    """ggml's type of matrices, of the embedding and the output head, of some sensitive ones, and the whole's name.
-
-    Vectors stay float32.
-    """
+    """ggml's type of matrices, of the output head, of some sensitive ones; the whole's name. Vectors stay float32."""
 
     matrices: GGMLQuantizationType
-    outer: GGMLQuantizationType
+    head: GGMLQuantizationType
     sensitive: GGMLQuantizationType
     file_type: LlamaFileType
 
 
-# At 4 bits the embedding costs more quality than it saves room: llama.cpp's own tool spares it too.
+# At 4 bits the head costs more quality than it saves room: llama-quantize spares it too (for q4_0 with Q6_K).
 QUANTS = {
     "f32": Quantisation(_F32, _F32, _F32, LlamaFileType.ALL_F32),
     "f16": Quantisation(_F16, _F16, _F16, LlamaFileType.MOSTLY_F16),
@@ -53,14 +50,16 @@ def check_quant(quant: str) -> None:
         require_llama_cpp(quant)
 
 
-def kind_of(name: str, tensor: torch.Tensor, quant: str, num_layers: int) -> GGMLQuantizationType:
-    """Return the type of the tensor that ggml calls ``name``."""
+def kind_of(
+    name: str, tensor: torch.Tensor, quant: str, num_layers: int, *, is_tied: bool
+) -> GGMLQuantizationType:
+    """Return the type of the tensor that ggml calls ``name``; ``is_tied``: the embedding is the output head too."""
     if tensor.dim() == 1:
         return _F32
     kinds = QUANTS[quant]
     match name.split("."):
-        case ["token_embd" | "output", "weight"]:
-            kind = kinds.outer
+        case ["token_embd" | "output" as part, "weight"] if part == "output" or is_tied:
+            kind = kinds.head
         case ["blk", layer, "attn_v" | "ffn_down", "weight"] if _is_sensitive(int(layer), num_layers):
             kind = kinds.sensitive
         case _:
