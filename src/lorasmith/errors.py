@@ -115,6 +115,6 @@ class MissingExtraError(LorasmithError):
         )
 
 
-def first_line(fault: Exception) -> str:
+def first_line(fault: BaseException) -> str:
     """Return the first line of another library's error, or its type's name where it says nothing."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -31,6 +32,11 @@ _WHY = {
     errno.ENAMETOOLONG: "the name is too long. Take a shorter one",
 }
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors' Rust says it
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a plain value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

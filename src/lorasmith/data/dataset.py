@@ -8,9 +8,7 @@ settings, the recipe and the tokenizer, and reads no row. Tokens stay on the dis
 """
 
 import copy
-import hashlib
 import itertools
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +31,7 @@ from lorasmith.data.sources import Source, open_source
 from lorasmith.data.tokens import TokenizedExample, label, tokenizer_json, truncate
 from lorasmith.data.workers import Job, ShardWriter, count_cores, write_shards_here, write_shards_in_workers
 from lorasmith.errors import DataError, OverlongError, SettingsError
+from lorasmith.files import digest
 
 SHARD_ROWS = 5_000
 SHARD_CHARS = 8 << 20  # a shard is closed when it holds as many, and what is in flight stays small
@@ -225,9 +224,9 @@ def examine_dataset(
         special_tokens(tokenizer),
         data.remember_words,
     )
-    text_key = _sha256([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
+    text_key = digest([_CACHE_VERSION, writer.recipe, writer.tokenizer_json, writer.special_tokens])
     policies = [kind, data.format, data.on_bad_row, data.max_seq_len, data.overlong]
-    path = folder / "index" / f"{_sha256([opened.name, fingerprint, text_key, *policies])}.rows"
+    path = folder / "index" / f"{digest([opened.name, fingerprint, text_key, *policies])}.rows"
     index = read_index(path)
     if index is None or any(read_shard_rows(writer.folder, key) is None for key in index.shard_keys):
         borders = Borders(tokenizer) if kind == "documents" else None
@@ -449,7 +448,3 @@ def _cut_documents(
     return replace(
         pieces, starts=starts, stored=lengths, lengths=lengths, num_learnt=lengths - 1, goes_on=goes_on
     )
-
-
-def _sha256(values: object) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

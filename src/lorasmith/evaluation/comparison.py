@@ -3,7 +3,6 @@
 Read from what the runs themselves wrote, run.json and report.json, so nothing is asked twice.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from lorasmith.errors import RunError
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Comparison, Count
-from lorasmith.files import write_whole
+from lorasmith.files import digest, write_whole
 from lorasmith.model.run_record import read_run_record
 
 HEADER = ("method", "rate", "loss", "right", "stop", "general", "text", "trained", "MiB", "GiB", "s")
@@ -109,7 +108,7 @@ def read_entry(name: str, run_dir: Path) -> tuple[Entry, Untuned]:
         method=record.settings["method"]["name"],
         learning_rate=max(step["learning_rate"] for step in report["metrics"]),
         loss=held_out["tuned_surprise"]["loss"],
-        asked=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        asked=digest(asked),
         is_right=_is_right(held_out["tuned"]),
         stopped=Count(**held_out["tuned"]["stopped"]),
         num_general=(compared["both"] + compared["lost"], compared["both"] + compared["gained"]),

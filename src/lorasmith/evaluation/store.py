@@ -6,7 +6,6 @@ The file is named by the weights, their number format and the versions that comp
 and the longest answer. So the base's answers serve every run on that base.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Self
 
 from lorasmith.data.cache import cache_dir
 from lorasmith.data.example import Message
+from lorasmith.files import digest
 from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import FinishReason
@@ -41,7 +41,7 @@ class KeptChat:
         if chat.weights is not None:
             versions = library_versions()
             computed_by = [versions[name] for name in ("lorasmith", "torch", "transformers")]
-            name = _sha256([chat.weights, *computed_by])
+            name = digest([chat.weights, *computed_by])
             self._file = cache_dir() / "evaluation" / f"{name[:32]}.jsonl"
             self._kept = _read_lines(self._file)
 
@@ -55,7 +55,7 @@ class KeptChat:
         """Answer as ``Chat.ask_many`` does; what was answered before is looked up."""
         assert sampling.is_greedy, "a sampled answer is another each time"
         ends = [sampling.max_tokens, sampling.stop, self.chat.recipe.stop]
-        keys = [_sha256([self.chat.encode_prompt(question), *ends]) for question in questions]
+        keys = [digest([self.chat.encode_prompt(question), *ends]) for question in questions]
         answers: dict[int, KeptAnswer] = {}
 
         def note(place: int, answer: KeptAnswer) -> None:
@@ -79,7 +79,7 @@ class KeptChat:
 
     def remember(self, what: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what ``compute`` gives for ``what``, plain values both, computed once."""
-        key = _sha256(list(what))
+        key = digest(list(what))
         if key not in self._kept:
             self._keep(key, compute())
         return self._kept[key]
@@ -107,7 +107,3 @@ def _read_lines(file: Path) -> dict[str, Any]:
                 continue
             kept[key] = value
     return kept
-
-
-def _sha256(values: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lorasmith.data.cache import cache_dir
-from lorasmith.errors import BaseModelError, StorageError
+from lorasmith.errors import BaseModelError, StorageError, first_line
 from lorasmith.files import CHECKSUMS, find_damage, whole_folder, write_checksums
 from lorasmith.model.quantized import loading_options, make_trainable
 from lorasmith.model.quiet import quiet_loading
@@ -164,7 +164,7 @@ def load_tokenizer(base: ResolvedBase, *, trust_remote_code: bool = False) -> "P
         except (OSError, ValueError, KeyError, ImportError) as fault:
             raise BaseModelError(
                 f"The base {base.ref.id} has no tokenizer that can be loaded from {base.folder}: "
-                f"{_first_line(fault)}"
+                f"{first_line(fault)}"
             ) from fault
 
 
@@ -204,7 +204,7 @@ def load_base(
                 **how,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as fault:
-            raise BaseModelError(f"The base {base.ref.id} cannot be loaded: {_first_line(fault)}") from fault
+            raise BaseModelError(f"The base {base.ref.id} cannot be loaded: {first_line(fault)}") from fault
     model, report = cast("tuple[PreTrainedModel, dict]", loaded)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -376,7 +376,3 @@ def _resolve_hub(
     # A snapshot's folder is named by its commit, also when it came from the copy on this machine.
     fingerprint = fingerprint_weights(folder) if fetches_weights else ""
     return ResolvedBase(BaseRef(id, folder.name, fingerprint), folder)
-
-
-def _first_line(fault: BaseException) -> str:
-    return str(fault).strip().split("\n")[0]

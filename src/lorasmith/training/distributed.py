@@ -17,7 +17,6 @@ environment variables of torchrun.
 """
 
 import contextlib
-import hashlib
 import heapq
 import json
 import os
@@ -284,8 +283,3 @@ def divide(costs: Sequence[int], count: int) -> list[list[int]]:
         taken[process].append(place)
         heapq.heappush(loads, (load + costs[place], process))
     return [sorted(places) for places in taken]
-
-
-def digest(value: Any) -> str:
-    """Return the sha256 of a plain value, to compare it between processes."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,8 @@ from lorasmith.engine.linear import choose_product_dtype
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import RunError, SettingsError
-from lorasmith.files import storing, write_whole
-from lorasmith.model.base import load_base, load_tokenizer, resolve_base
+from lorasmith.files import digest, storing, write_whole
+from lorasmith.model.base import ResolvedBase, load_base, load_tokenizer, resolve_base
 from lorasmith.model.device import DeviceChoice, choose_device
 from lorasmith.model.memory import measure_peak
 from lorasmith.model.method_settings import FullSettings, MethodSettings
@@ -54,7 +54,7 @@ from lorasmith.model.settings import BaseSettings
 from lorasmith.model.trained import ADAPTER, MODEL, save_trained
 from lorasmith.packing.plan import Gain, predict_gain
 from lorasmith.training.checkpoint import Checkpoint
-from lorasmith.training.distributed import ALONE, Team, digest
+from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.estimate import in_words, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.kto import Kto, advise_weights, check_labels, check_objective
@@ -196,81 +196,34 @@ def prepare_job(
     say(f"Number format: {found['dtype']} ({choice.reason})")
     num_steps = training.num_steps(num_rows(dataset))
     is_sharded = engine.shard_base and team.count > 1
-    # What is to be sharded does not fit the device whole.
-    where = replace(choice, device=torch.device("cpu")) if is_sharded else choice
-    with team.in_turn() if is_sharded else nullcontext():
-        loaded = load_base(
-            resolved,
-            where,
-            trust_remote_code=base.trust_remote_code,
-            quantization=base.quantization,
-            can_be_cut=is_sharded,
-        )
-        if isinstance(method, FullSettings):
-            model = train_all_weights(loaded)
-        else:
-            model = attach_adapter(loaded, method, seed=training.seed, num_steps=num_steps)
-        if is_sharded:
-            assert isinstance(model, PeftModel), "check_sharding lets nothing else through"
-            packed = shard_base(model, team, choice.device)
-            engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
+    model = _load_model(
+        resolved, choice, base, method, training.seed, num_steps, team if is_sharded else None
+    )
     if is_sharded:
-        check_gathered(model, packed)
-    config = loaded.config.get_text_config()
+        engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
     engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
     settled = _recorded_fit(then, training, engine)
-    # Copied before the engine changes the layers' forward; a run that goes on needs none.
-    rehearsal = None
     why = "as at the run's start"
     if is_sharded and settled is None:
         settled = Fit.unmeasured(training, engine.gradient_checkpointing is not False, choice.device)
         why = "not measured: a pass over a sharded base takes all processes"
-    if settled is None and team.is_first and base.quantization == "none":
-        rehearsal = Rehearsal(copy_without_weights(model), engine)
-    elif settled is None and team.is_first:
-        # A quantised weight has no copy without numbers: its layers are rehearsed as they were.
-        sketch = build_without_weights(
-            resolved.folder,
-            method,
-            found["dtype"],
-            seed=training.seed,
-            num_steps=num_steps,
-            trust_remote_code=base.trust_remote_code,
-            quantization=base.quantization,
+    rehearsal = None
+    if settled is None and team.is_first:
+        rehearsal = _make_rehearsal(
+            model, engine, resolved, base, method, training.seed, num_steps, found["dtype"]
         )
-        rehearsal = Rehearsal(sketch, engine, base.quantization)
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
         multiple = method.rate_multiple * objective.rate_multiple
+        config = model.config.get_text_config()
         rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
         say(f"Learning rate: {rate:.2g} (from the base's hidden size {config.hidden_size})")
-    trained = count_trainable(model)
-    if isinstance(method, FullSettings):
-        size = 16 * trained / 2**30
-        say(
-            f"Method: full, {trained:,} numbers train; with gradients and AdamW's moments they take {size:.2f} GiB"
-        )
-    else:
-        frozen = count_frozen(model)
-        say(f"Adapter ({method.name}): {trained:,} trainable numbers beside {frozen:,} frozen ones")
+    say(_describe_size(model, method))
     for note in forward.notes:
         say(f"Note: {note}")
 
-    room = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY_FOR_FROZEN_STATES / team.local_count)
-    for name, examples in (("train", dataset), ("validation", validation)):
-        passes = training.epochs if name == "train" else 2
-        if examples is not None and passes > 1:
-            note = forward.keep_frozen_states(
-                name,
-                examples,
-                max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
-                max_bytes=room,
-                on_progress=lambda done, total: progress("Computing the frozen layers", done / total),
-            )
-            if note and name == "train":
-                say(f"Frozen layers: {note}")
-
+    _keep_frozen_states(forward, dataset, validation, training, team, say, progress)
     base_key = f"{resolved.ref.fingerprint} {base.quantization} {found['dtype']}"
     learns = _make_objective(
         objective,
@@ -291,22 +244,7 @@ def prepare_job(
         fit = settled
         say(f"Memory: {fit} ({why})")
     else:
-        team.wait()  # the memory that is free is looked at when every process has taken its part
-
-        def choose() -> dict[str, Any]:
-            assert rehearsal is not None, "made where nothing is settled"
-            return choose_fit(
-                model,
-                forward,
-                rehearsal,
-                dataset,
-                training,
-                engine.gradient_checkpointing,
-                must_measure=must_measure,
-                num_sharing=team.local_count,
-            ).to_json()
-
-        fit = Fit.from_json(team.from_first(choose))
+        fit = _measure_fit(model, forward, rehearsal, dataset, training, engine, must_measure, team)
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
             left = tokens_to_compute(gain, num_rows(dataset), training, forward) * fit.seconds_per_token
@@ -345,6 +283,129 @@ def prepare_job(
         team=team,
         objective=learns,
     )
+
+
+def _load_model(
+    resolved: ResolvedBase,
+    choice: DeviceChoice,
+    base: BaseSettings,
+    method: MethodSettings,
+    seed: int,
+    num_steps: int,
+    shared_by: Team | None,
+) -> PeftModel | PreTrainedModel:
+    """Return the base with what is trained on it; cut among the processes of ``shared_by``, if there is one."""
+
+    def load(where: DeviceChoice) -> PeftModel | PreTrainedModel:
+        loaded = load_base(
+            resolved,
+            where,
+            trust_remote_code=base.trust_remote_code,
+            quantization=base.quantization,
+            can_be_cut=shared_by is not None,
+        )
+        if isinstance(method, FullSettings):
+            return train_all_weights(loaded)
+        return attach_adapter(loaded, method, seed=seed, num_steps=num_steps)
+
+    if shared_by is None:
+        return load(choice)
+    with shared_by.in_turn():
+        model = load(replace(choice, device=torch.device("cpu")))  # whole, it does not fit the device
+        assert isinstance(model, PeftModel), "check_sharding lets nothing else through"
+        packed = shard_base(model, shared_by, choice.device)
+    check_gathered(model, packed)
+    return model
+
+
+def _make_rehearsal(
+    model: PeftModel | PreTrainedModel,
+    engine: EngineSettings,
+    resolved: ResolvedBase,
+    base: BaseSettings,
+    method: MethodSettings,
+    seed: int,
+    num_steps: int,
+    dtype: str,
+) -> Rehearsal:
+    """Return the model without its weights, as it is before the engine changes the layers' forward."""
+    if base.quantization == "none":
+        return Rehearsal(copy_without_weights(model), engine)
+    # A quantised weight has no copy without numbers: its layers are rehearsed as they were.
+    sketch = build_without_weights(
+        resolved.folder,
+        method,
+        dtype,
+        seed=seed,
+        num_steps=num_steps,
+        trust_remote_code=base.trust_remote_code,
+        quantization=base.quantization,
+    )
+    return Rehearsal(sketch, engine, base.quantization)
+
+
+def _describe_size(model: PeftModel | PreTrainedModel, method: MethodSettings) -> str:
+    trained = count_trainable(model)
+    if isinstance(method, FullSettings):
+        size = 16 * trained / 2**30
+        return f"Method: full, {trained:,} numbers train; with gradients and AdamW's moments they take {size:.2f} GiB"
+    return (
+        f"Adapter ({method.name}): {trained:,} trainable numbers beside {count_frozen(model):,} frozen ones"
+    )
+
+
+def _keep_frozen_states(
+    forward: PackForward,
+    dataset: TokenizedDataset,
+    validation: TokenizedDataset | None,
+    training: TrainingSettings,
+    team: Team,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """Compute what no step changes once, where the data is read more than once and memory has room for it."""
+    room = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY_FOR_FROZEN_STATES / team.local_count)
+    for name, examples in (("train", dataset), ("validation", validation)):
+        passes = training.epochs if name == "train" else 2
+        if examples is not None and passes > 1:
+            note = forward.keep_frozen_states(
+                name,
+                examples,
+                max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
+                max_bytes=room,
+                on_progress=lambda done, total: progress("Computing the frozen layers", done / total),
+            )
+            if note and name == "train":
+                say(f"Frozen layers: {note}")
+
+
+def _measure_fit(
+    model: PeftModel | PreTrainedModel,
+    forward: PackForward,
+    rehearsal: Rehearsal | None,
+    dataset: TokenizedDataset,
+    training: TrainingSettings,
+    engine: EngineSettings,
+    must_measure: bool,
+    team: Team,
+) -> Fit:
+    """Return how steps are cut into packs; the first process, which has the ``rehearsal``, decides for all."""
+    team.wait()  # the memory that is free is looked at when every process has taken its part
+
+    def choose() -> dict[str, Any]:
+        assert rehearsal is not None, "made where nothing is settled"
+        return choose_fit(
+            model,
+            forward,
+            rehearsal,
+            dataset,
+            training,
+            engine.gradient_checkpointing,
+            must_measure=must_measure,
+            num_sharing=team.local_count,
+        ).to_json()
+
+    return Fit.from_json(team.from_first(choose))
 
 
 def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
