@@ -279,9 +279,12 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(words, tmp_p
 
 
 def workers_of(torchrun):
-    """Return the processes that ``torchrun`` has started, by their rank."""
+    """Return the processes that ``torchrun`` has started, by their rank; one that is just being forked has none yet."""
     children = psutil.Process(torchrun.pid).children()
-    return {child.environ()["RANK"]: child for child in children if "lorasmith.cli.main" in child.cmdline()}
+    started = {
+        child.environ().get("RANK"): child for child in children if "lorasmith.cli.main" in child.cmdline()
+    }
+    return {rank: child for rank, child in started.items() if rank is not None}
 
 
 def await_that(process, claim):
