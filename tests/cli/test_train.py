@@ -96,6 +96,18 @@ def test_a_run_from_flags_leaves_a_whole_run_folder(lorasmith, tiny_base_folder,
     assert "lorasmith ask" in result.output
 
 
+@pytest.mark.parametrize(("name", "shown"), [("dpo", "margin"), ("simpo", "margin"), ("kto", "kl")])
+def test_what_an_objective_tells_stands_beside_the_loss(lorasmith, tiny_base_folder, tmp_path, name, shown):
+    rows = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(12)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    more = (f"objective.name={name}", "training.validation_share=0.3", "--name", "mine")
+    result = lorasmith(*train_words(tiny_base_folder, rows, *more))
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"step 1/\d+  loss \d.*  {shown} -?\d\.\d{{3}}  right \d+%", result.output)
+    assert re.search(r"validation loss \d\.\d+, right \d+%", result.output)
+
+
 def test_a_finished_run_is_not_trained_again(lorasmith, tiny_base_folder, rows, tmp_path):
     words = train_words(tiny_base_folder, rows, "--name", "mine")
     lorasmith(*words)

@@ -286,9 +286,12 @@ def _training_progress(num_steps: int) -> Iterator[Any]:
         def show(report: "StepReport") -> None:
             speed = f"{report.tokens_per_second:,.0f}"
             others = ""
-            if report.measured is not None:
-                margin, right = report.measured["reward_margin"], report.measured["reward_accuracy"]
-                others = f"  margin {margin:.3f}  right {right:.0%}"
+            if (told := report.measured) is not None:
+                # Labelled answers have no other one to lead by a margin.
+                what, value = (
+                    ("margin", told["reward_margin"]) if "reward_margin" in told else ("kl", told["kl"])
+                )
+                others = f"  {what} {value:.3f}  right {told['reward_accuracy']:.0%}"
             bars.update(
                 task,
                 completed=report.step,
