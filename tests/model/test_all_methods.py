@@ -9,10 +9,12 @@ from peft import PeftModel
 from conftest import make_tiny_model
 from lorasmith.cli.run_file import load_run_file, train
 from lorasmith.data.example import Message
-from lorasmith.errors import MergeError, SettingsError
+from lorasmith.errors import AdapterError, MergeError, SettingsError
 from lorasmith.export.merge import merge
 from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.model.adapter import save_adapter
+from lorasmith.model.adapter_folder import read_adapter_config
 from lorasmith.model.method_settings import METHODS
 from lorasmith.model.methods import attach_adapter, count_trainable, spare_boft_kernel
 from lorasmith.model.run_record import read_run_record
@@ -206,6 +208,22 @@ def test_the_count_of_frozen_numbers_is_that_of_the_base():
     assert (count_frozen(adapted), count_trainable(adapted)) == (numbers, LOW_RANK)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "most"), [("lora", "r", 32), ("pissa", "r", 16), ("adalora", "init_r", 32)]
+)
+def test_the_highest_rank_is_opened_again_and_one_above_is_refused_at_once(
+    name, key, most, tiny_llama, tmp_path
+):
+    higher = dict.fromkeys({key, "init_r" if name == "adalora" else "r"}, most + 1)
+    with pytest.raises(
+        SettingsError, match=rf"method\.{key}={most + 1} .* 32 inputs and 32 outputs.*Use {most} or"
+    ):
+        attach_adapter(tiny_llama, METHODS[name](**higher), seed=0, num_steps=20)
+    model = attach_adapter(make_tiny_model("llama"), METHODS[name](**{key: most}), seed=0, num_steps=20)
+    save_adapter(model, tmp_path / "adapter", allow_no_effect=True)
+    assert read_adapter_config(tmp_path / "adapter")[key] == most * (2 if name == "pissa" else 1)
+
+
 @pytest.mark.parametrize("name", ["pissa", "adalora", "p_tuning", "full"])
 def test_a_stopped_run_goes_on_bit_by_bit(name, runs, tmp_path, tiny_base_folder):
     from lorasmith.cli.run_file import RunFile, prepare
@@ -226,3 +244,13 @@ def test_full_needs_float32(tiny_llama):
 
     with pytest.raises(SettingsError, match=r"small updates vanish.*base.dtype=float32"):
         train_all_weights(tiny_llama.bfloat16())
+
+
+def test_an_adalora_of_a_rank_that_no_layer_has_is_refused(tiny_llama, tmp_path):
+    model = attach_adapter(tiny_llama, METHODS["adalora"](init_r=4, target_r=2), seed=0, num_steps=20)
+    save_adapter(model, tmp_path, allow_no_effect=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_r": 10**9}))
+    (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
+    with pytest.raises(AdapterError, match=r"init_r is 1,000,000,000, and .* is a layer of \d+ inputs"):
+        read_adapter_config(tmp_path)

@@ -207,7 +207,7 @@ def _check_tensors(file: Path, config: dict[str, Any]) -> None:
 def _check_kind(file: Path, config: dict[str, Any]) -> None:
     """Check the tensors of an adapter that is no LoRA."""
     name = config["peft_type"]
-    found = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (not a dict)
@@ -223,11 +223,13 @@ def _check_kind(file: Path, config: dict[str, Any]) -> None:
                         f"{CONFIG} asks for another size. Copy it again."
                     )
                 check_finite(key, tensors.get_tensor(key), f"The adapter {file.parent}")
-                found += 1
+                shapes[key] = tuple(part.get_shape())
     except (SafetensorError, OSError) as fault:
         raise AdapterError(f"{file} is damaged: {fault}. Copy it again.") from fault
-    if not found:
+    if not shapes:
         raise AdapterError(f"{file} holds no tensor: there is no adapter in it.")
+    if what := KINDS[name].misfit(config, shapes):
+        raise AdapterError(f"The adapter {file.parent} does not fit together: {what}. Copy it again.")
 
 
 def _check_pair(path: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], file: Path) -> None:

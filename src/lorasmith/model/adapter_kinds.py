@@ -5,7 +5,7 @@ of the file has is refused: it might be a billion.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,22 @@ _PREFIX = r"base_model\.model\."
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """``tensor`` matches the names on disk, its one group the part's; ``fits`` says whether sizes agree."""
+    """``tensor`` matches the names on disk, its one group the part's.
+
+    ``fits`` says whether a tensor's sizes agree with adapter_config.json, ``misfit`` what of all does not, if anything.
+    """
 
     tensor: re.Pattern[str]
     fits: Callable[[dict[str, Any], str, Shape], bool]
+    misfit: Callable[[dict[str, Any], Mapping[str, Shape]], str | None]
 
 
-def _kind(pattern: str, fits: Callable[[dict[str, Any], str, Shape], bool]) -> AdapterKind:
-    return AdapterKind(re.compile(pattern), fits)
+def _kind(
+    pattern: str,
+    fits: Callable[[dict[str, Any], str, Shape], bool],
+    misfit: Callable[[dict[str, Any], Mapping[str, Shape]], str | None] = lambda config, shapes: None,
+) -> AdapterKind:
+    return AdapterKind(re.compile(pattern), fits, misfit)
 
 
 def _fits_vera(config: dict[str, Any], part: str, shape: Shape) -> bool:
@@ -46,8 +54,18 @@ def _fits_boft(config: dict[str, Any], part: str, shape: Shape) -> bool:
 
 
 def _fits_adalora(config: dict[str, Any], part: str, shape: Shape) -> bool:
-    r, wide = config.get("init_r"), {"lora_A": shape[1:], "lora_B": shape[:1]}.get(part, (1 << 16,))
-    return type(r) is int and len(shape) == 2 and 1 <= r <= max(*wide, r if part == "lora_E" else 1)
+    return type(config.get("init_r")) is int and len(shape) == 2
+
+
+def _misfit_adalora(config: dict[str, Any], shapes: Mapping[str, Shape]) -> str | None:
+    r = config["init_r"]
+    for path in {key.rpartition(".")[0]: None for key in shapes}:
+        A, B = shapes.get(f"{path}.lora_A"), shapes.get(f"{path}.lora_B")
+        if A is None or B is None:
+            return f"of {path[:200]} lora_A or lora_B is missing"
+        if not 1 <= r <= max(A[1], B[0]):
+            return f"init_r is {r:,}, and {path[:200]} is a layer of {A[1]:,} inputs and {B[0]:,} outputs"
+    return None
 
 
 def _fits_prompt(config: dict[str, Any], part: str, shape: Shape) -> bool:
@@ -71,7 +89,7 @@ def _width(config: dict[str, Any]) -> int:
 
 
 KINDS: dict[str, AdapterKind] = {
-    "ADALORA": _kind(_PREFIX + r".+\.(lora_A|lora_B|lora_E)", _fits_adalora),
+    "ADALORA": _kind(_PREFIX + r".+\.(lora_A|lora_B|lora_E)", _fits_adalora, _misfit_adalora),
     "VERA": _kind(r"base_model\.(?:model\..+\.)?(vera_lambda_b|vera_lambda_d|vera_A|vera_B)", _fits_vera),
     "OFT": _kind(_PREFIX + r".+\.(oft_R)\.weight", _fits_oft),
     "BOFT": _kind(_PREFIX + r".+\.(boft_R|boft_s)", _fits_boft),

@@ -60,12 +60,32 @@ def attach_adapter(
                 f"PEFT cannot put method.name={settings.name} on this model: {str(fault).strip()} "
                 "Change the method's settings, or take method.name=lora."
             ) from fault
+    _check_ranks(adapted, settings)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype is not torch.float32:
             parameter.data = parameter.data.float()
     if settings.changes_base:
         _keep_start(adapted)
     return adapted.eval()  # type: ignore[return-value]
+
+
+def _check_ranks(model: "PeftModel", settings: AdapterSettings) -> None:
+    """Raise SettingsError for a rank above a layer's width both ways: an adapter that nobody would open again."""
+    key = "init_r" if settings.name == "adalora" else "r"
+    times = 2 if settings.changes_base else 1  # as it is saved
+    for path, module in model.named_modules():
+        if "default" not in getattr(module, "lora_A", ()):
+            continue
+        A, B = (
+            getattr(part, "weight", part) for part in (module.lora_A["default"], module.lora_B["default"])
+        )
+        (r, inputs), outputs = A.shape, len(B)
+        if times * r > max(inputs, outputs):
+            most = max(inputs, outputs) // times
+            raise SettingsError(
+                f"method.{key}={r} is more than {path} can use, a layer of {inputs:,} inputs and {outputs:,} outputs: "
+                f"above {most} a rank adds nothing but memory. Use {most} or less; 8 to 64 is usual."
+            )
 
 
 def train_all_weights(model: "PreTrainedModel") -> "PreTrainedModel":
