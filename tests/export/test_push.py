@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hub import OWNER, READS, WRITES, FakeHub, Repository
 from lorasmith.cli.main import main
+from lorasmith.data.sources import open_source
 from lorasmith.errors import AdapterError, HubError, RunError
 from lorasmith.export.merge import merge
 from lorasmith.export.push import prepare, refuse_findings, send
@@ -162,6 +163,23 @@ def test_the_data_are_pushed_as_a_data_set(hub, run):
     write_run_record(run, record.model_copy(update={"data": {**record.data, "fingerprint": "other"}}))
     with pytest.raises(HubError, match="have changed since the run faq"), prepare(run, PLACE, data=True):
         pass
+
+
+def test_a_readme_among_the_texts_is_pushed_and_not_written_over(run, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("README.md", "one.txt"):
+        (notes / name).write_text(f"The words of {name}.")
+    record = read_run_record(run)
+    settings = {**record.settings, "data": {**record.settings["data"], "train": str(notes)}}
+    fingerprint = open_source(str(notes), kind="documents").fingerprint()
+    data = {**record.data, "kind": "documents", "fingerprint": fingerprint}
+    write_run_record(run, record.model_copy(update={"settings": settings, "data": data}))
+    with prepare(run, PLACE, data=True) as parcel:
+        assert [name for name, _ in parcel.files] == ["README.md", "data/README.md", "data/one.txt"]
+        assert (parcel.folder / "data" / "README.md").read_text() == "The words of README.md."
+        assert "data/one.txt" in (parcel.folder / "README.md").read_text()
+    assert (notes / "README.md").read_text() == "The words of README.md."
 
 
 def test_keys_and_addresses_in_the_data_are_shown_and_stop_it(run, tmp_path):

@@ -235,10 +235,13 @@ def _stage_data(record: RunRecord, folder: Path) -> list[str]:
             f"The training data in {train} have changed since the run {record.name} was trained on them."
         )
     files = [file for file in source.files if isinstance(file, LocalFile)]
-    for file in files:
-        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file.name).symlink_to(file.path.absolute())
-    return [file.name for file in files]
+    # The card is README.md. Written over a link of that name, it would be written into the user's own file.
+    below = "data/" if any(file.name.lower() == "readme.md" for file in files) else ""
+    names = [below + file.name for file in files]
+    for name, file in zip(names, files, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(file.path.absolute())
+    return names
 
 
 def _files(folder: Path) -> list[Path]:
