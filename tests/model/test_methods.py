@@ -5,7 +5,7 @@ import torch
 
 from conftest import make_tiny_model
 from lorasmith.errors import SettingsError
-from lorasmith.model.method_settings import LoraSettings
+from lorasmith.model.method_settings import AdaLoraSettings, Ia3Settings, LoraSettings
 from lorasmith.model.methods import attach_adapter, count_trainable, linear_names
 
 D, MLP, KV, LAYERS = 32, 64, 16, 2  # tiny models: hidden, MLP and key/value widths, layers
@@ -87,6 +87,21 @@ def test_unknown_modules_are_told_with_those_that_exist():
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(SettingsError, match="layers 0 to 1"):
         attach_adapter(make_tiny_model("llama"), LoraSettings(layers_to_transform=layers), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (AdaLoraSettings(tinit=8, tfinal=3), "method.name=adalora.*budgeting phase"),
+        (
+            Ia3Settings(target_modules=("k_proj",), feedforward_modules=("down_proj",)),
+            "method.name=ia3.*subset",
+        ),
+    ],
+)
+def test_settings_that_peft_refuses_are_told_with_its_words(settings, text):
+    with pytest.raises(SettingsError, match=text):
+        attach_adapter(make_tiny_model("llama"), settings, seed=0, num_steps=10)
 
 
 def test_peft_gets_every_setting():

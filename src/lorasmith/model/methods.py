@@ -50,10 +50,10 @@ def attach_adapter(
     """
     from peft import get_peft_model
 
-    config = _configure(model, settings, seed, num_steps)
     with torch.random.fork_rng(devices=[]), quiet_loading():  # PEFT draws on the CPU, then moves it
         torch.manual_seed(seed)
         try:
+            config = _configure(model, settings, seed, num_steps)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, AssertionError, RuntimeError, KeyError) as fault:
             raise SettingsError(
