@@ -134,3 +134,38 @@ def test_only_low_rank_methods_have_ranks_to_try(played):
     spaces = {c.name: space_of(c.run_file) for c in make_candidates(["run.yaml"], ["lora", "vera", "full"])}
     assert spaces["lora"].ranks == (8, 4, 16, 32, 64)
     assert spaces["vera"].ranks == spaces["full"].ranks == ()
+
+
+def test_rates_are_tried_around_the_one_that_the_run_would_choose(played):
+    of_answers, of_pairs = (
+        space_of(load_run_file("run.yaml", ["training.learning_rate=auto", f"objective.name={name}"], {}))
+        for name in ("sft", "dpo")
+    )
+    assert of_pairs.rate == pytest.approx(of_answers.rate / 20)
+
+
+def test_the_time_between_a_crash_and_the_next_start_is_not_counted(played, tmp_path):
+    from datetime import datetime, timedelta
+
+    import optuna
+
+    candidates = make_candidates(["run.yaml"], [])
+    study = open_study(candidates, tmp_path / "runs" / "compare-faq")
+    study.add_trial(
+        optuna.trial.FrozenTrial(
+            number=0,
+            state=optuna.trial.TrialState.RUNNING,
+            value=None,
+            datetime_start=datetime.now() - timedelta(hours=9),
+            datetime_complete=None,
+            params={},
+            distributions={},
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+            trial_id=0,
+        )
+    )
+    output = compare("run.yaml", "--search", "--minutes", "3").output
+    assert "trial 2: run, learning rate" in output
+    assert "Next: lorasmith train" in output

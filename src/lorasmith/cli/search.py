@@ -26,6 +26,7 @@ STUDY_FILE = "search.log"
 _RATE_SPAN = 8.0  # rates from an eighth of a method's own to eight times it
 _RANKS = (4, 8, 16, 32, 64)
 _TRIALS_BEFORE_ENDING_ANY = 3
+_SECONDS = "seconds"  # what a trial took, among what the study notes of it
 
 Settings = Mapping[str, Any]  # learning_rate, and r where the method is one of low rank
 End = Literal["finished", "behind", "out of time", "stopped"]
@@ -122,7 +123,7 @@ def search(
     deadline = time.monotonic() + 60 * minutes - _seconds_spent(study)
     was_stopped = False
     while not was_stopped and time.monotonic() < deadline:
-        trial = study.ask()
+        trial, started = study.ask(), time.monotonic()
         name = trial.suggest_categorical("run", list(spaces))
         settings = spaces[name].suggest(trial, name)
         for key, value in (("name", name), ("settings", settings), ("is_own", settings == spaces[name].own)):
@@ -130,7 +131,10 @@ def search(
         told = f"trial {trial.number + 1}: {in_words(name, settings)}"
         chosen = next(candidate for candidate in candidates if candidate.name == name)
         try:
-            end, loss = _train(trial, with_settings(chosen.run_file, settings), folder, deadline)
+            try:
+                end, loss = _train(trial, with_settings(chosen.run_file, settings), folder, deadline)
+            finally:
+                trial.set_user_attr(_SECONDS, time.monotonic() - started)
         except TrainingError as fault:
             study.tell(trial, state=TrialState.FAIL)
             tell(f"{told}: failed: {fault}")
@@ -144,7 +148,11 @@ def search(
         tell(f"{told}: validation loss {loss:.4f}" if end == "finished" else f"{told}: {end}, ended early")
         was_stopped = end == "stopped"
     done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    tried = [Tried(**trial.user_attrs, loss=trial.value) for trial in done if trial.value is not None]
+    tried = [
+        Tried(**{key: trial.user_attrs[key] for key in ("name", "settings", "is_own")}, loss=trial.value)
+        for trial in done
+        if trial.value is not None
+    ]
     return sorted(tried, key=lambda one: one.loss), was_stopped
 
 
@@ -161,7 +169,8 @@ def space_of(run_file: RunFile) -> Space:
         trusts = run_file.base.trust_remote_code
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts)
         text = config.get_text_config()
-        rate = suggest_learning_rate(text.model_type, text.hidden_size, method.rate_multiple)
+        multiple = method.rate_multiple * run_file.objective.rate_multiple
+        rate = suggest_learning_rate(text.model_type, text.hidden_size, multiple)
     own = getattr(method, "r", None) if hasattr(method, "lora_alpha") else None
     return Space(rate, () if own is None else (own, *(r for r in _RANKS if r != own)))
 
@@ -211,4 +220,5 @@ def _train(trial: "Trial", run_file: RunFile, folder: Path, deadline: float) -> 
 
 
 def _seconds_spent(study: "Study") -> float:
-    return sum(trial.duration.total_seconds() for trial in study.trials if trial.duration is not None)
+    """Return what trials took that came to an end of any kind; Optuna's own times run on after a crash."""
+    return sum(trial.user_attrs.get(_SECONDS, 0.0) for trial in study.trials)
