@@ -38,6 +38,14 @@ def test_an_unfinished_run_says_so():
     assert "has not been finished" in make_card(record())
 
 
+def test_whose_loss_it_is_stands_beside_it():
+    of_pairs = record().model_copy(
+        update={"settings": {"objective": {"name": "dpo", "beta": 0.2, "margin": None}}}
+    )
+    assert "| Objective | dpo, beta 0.2 |" in make_card(of_pairs)
+    assert "Objective" not in make_card(record())
+
+
 def test_a_value_cannot_break_the_table():
     assert "| Data | a\\|b c |" in make_card(record(source="a|b\nc"))
 

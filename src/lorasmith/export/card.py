@@ -243,6 +243,7 @@ def _facts(record: RunRecord) -> list[tuple[str, Any]]:
         ("Data", data.get("source")),
         ("Examples", data.get("num_examples")),
         ("Held out for validation", data.get("num_validation") or None),
+        ("Objective", _objective(record.settings.get("objective", {}))),
         ("Prompt recipe", record.recipe.get("name")),
         ("System prompt", record.recipe.get("system")),
         (
@@ -258,6 +259,14 @@ def _facts(record: RunRecord) -> list[tuple[str, Any]]:
         ("Trained", record.created),
     ]
     return [(name, value) for name, value in rows if value not in (None, "")]
+
+
+def _objective(settings: dict[str, Any]) -> str | None:
+    """Return what was learnt, where it is not answers: the losses are its own."""
+    if settings.get("name", "sft") == "sft":
+        return None
+    given = [f"{key} {value:g}" for key, value in settings.items() if key != "name" and value is not None]
+    return ", ".join([settings["name"], *given])
 
 
 def _table(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
