@@ -47,6 +47,18 @@ def test_rows_without_answers_are_questions_too(tmp_path):
     assert texts(read_questions(file)) == ["Who?", "What?"]
 
 
+def test_pairs_and_labelled_conversations_have_questions_too(tmp_path):
+    asked, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "We."}
+    rows = [
+        {"chosen": [asked, answer], "rejected": [asked, {**answer, "content": "They."}]},
+        {"messages": [{**asked, "content": "What?"}, answer], "label": False},
+    ]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    found = [texts(held_out_questions(record(train=str(tmp_path / f"{n}.jsonl")), 1)) for n in (0, 1)]
+    assert found == [["Who?"], ["What?"]]
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(DataError):
         read_questions(tmp_path / "none.txt")

@@ -88,7 +88,7 @@ def _questions_of(rows: Iterable[object]) -> Iterator[Question]:
     for row in rows:
         if not isinstance(row, Row):
             continue
-        format = detect_format(row.fields)
+        format = detect_format(row.fields) or detect_format(row.fields, "labelled")  # which pairs are too
         try:
             messages = format.read(row.fields)[:-1] if format else ()
         except RowProblem:
