@@ -83,11 +83,14 @@ def test_what_the_run_file_names_goes_along(tmp_path, tiny_base_folder):
 
 
 def test_names_that_are_no_files_stay(tmp_path, monkeypatch):
-    (tmp_path / "smollm2-135m").mkdir()
+    for name in ("smollm2-135m", "text"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    found = fill(tmp_path / "workdir", "data.train=team/rows", "base.model=smollm2-135m")
+    more = ("base.model=smollm2-135m", "prompt.recipe=text", "objective.name=text")
+    found = fill(tmp_path / "workdir", "data.train=team/rows", *more)
     assert found["data"]["train"] == "team/rows"
     assert found["base"]["model"] == "smollm2-135m"
+    assert found["prompt"]["recipe"] == "text"
 
 
 def test_what_is_right_only_here_is_refused(tmp_path):

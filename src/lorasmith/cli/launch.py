@@ -264,7 +264,8 @@ def _secrets(named: Sequence[str], serve: bool) -> tuple[str, ...]:
 
 def _extras(run_file: RunFile, serve: bool) -> list[str]:
     """Return the extras of lorasmith that the run needs there."""
-    sources = [path for path in (run_file.data.train, run_file.data.validation) if path is not None]
+    sources = [run_file.data.train, run_file.data.validation, *run_file.report.data]
+    sources = [path for path in sources if path is not None]
     found = [*run_file.run.trackers, *(["serve"] if serve else [])]
     if run_file.base.quantization != "none":
         found.append("quantized")

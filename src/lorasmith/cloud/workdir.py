@@ -23,6 +23,7 @@ _WORDS = {
     "auto",
     "alpaca",
     "chat",
+    "text",
     "smollm2-135m",
 }  # mean what they say, whatever files of that name there are
 # Where things are on this machine says nothing about the rented one.
