@@ -85,6 +85,20 @@ def test_pairs_are_shown_by_the_better_answer(check):
         check([pair])
 
 
+def test_of_a_conversation_in_pairs_the_last_answer_alone_is_shown_as_learnt(check):
+    asked = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "The handbook."},
+        {"role": "user", "content": "When is payday?"},
+    ]
+    last = ({"role": "assistant", "content": text} for text in ("On the 1st.", "Never."))
+    chosen, rejected = ([*asked, answer] for answer in last)
+    code, shown = check([{"chosen": chosen, "rejected": rejected}], pairs=True)
+    assert code == 0
+    assert "「On the 1st.<|im_end|>」" in shown
+    assert "「The handbook." not in shown
+
+
 def test_wrong_rows_are_all_listed_and_the_code_is_2(check):
     code, shown = check([GOOD[0], "{", '{"instruction": NaN}', {"messages": []}])
     assert code == 2

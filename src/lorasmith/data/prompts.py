@@ -360,7 +360,8 @@ class PromptRecipe:
 def choose_recipe(settings: PromptSettings, tokenizer, kind: RowKind = "answers") -> tuple[PromptRecipe, str]:
     """Return the recipe that ``settings`` name for this tokenizer, and the reason in words for the screen.
 
-    ``kind``: what is learnt. Of "documents" the recipe says how the tuned model is asked.
+    ``kind``: what is learnt. Of "documents" the recipe says how the tuned model is asked; of "pairs" and "labelled" the
+    last answer alone is compared, whatever ``settings.learn`` says.
 
     Raises:
         RecipeError: "chat" without a chat template, or a template that is not Jinja.
@@ -396,7 +397,7 @@ def choose_recipe(settings: PromptSettings, tokenizer, kind: RowKind = "answers"
         template=template,
         system=settings.system,
         stop=settings.stop,
-        learn=settings.learn,
+        learn="last" if kind in ("pairs", "labelled") else settings.learn,
         bos_token=bos_token,
         eos_token=tokenizer.eos_token or "",
         special_tokens=special_tokens(tokenizer),

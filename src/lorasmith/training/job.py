@@ -169,8 +169,6 @@ def prepare_job(
     with team.first_on_each_machine():
         resolved = resolve_base(base, tell=say)
     tokenizer = load_tokenizer(resolved, trust_remote_code=base.trust_remote_code)
-    if objective.kind in ("pairs", "labelled"):  # what is compared is the last answer
-        prompt = prompt.model_copy(update={"learn": "last"})
     recipe, reason = choose_recipe(prompt, tokenizer, objective.kind)
     note = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
     say(f"Prompt recipe: {recipe.name} ({reason}{note})")
