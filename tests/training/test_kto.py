@@ -9,7 +9,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import DataError, SettingsError
 from lorasmith.model.method_settings import LoraSettings
-from lorasmith.training.kto import Kto, advise_weights, exchange_answer
+from lorasmith.training.kto import Kto, advise_weights, exchange_answer, places_of_others
 from lorasmith.training.loop import train
 from lorasmith.training.preference import reference_log_probs
 from lorasmith.training.schedule import order_steps
@@ -61,8 +61,8 @@ def plain_loss(model, rows, is_rejected, indices) -> torch.Tensor:
         return plain_log_prob(model, row) - base
 
     others = [
-        exchange_answer(rows[i], rows[j], 99)
-        for i, j in zip(indices, [indices[-1], *indices[:-1]], strict=True)
+        exchange_answer(rows[i], rows[indices[place]], 99)
+        for i, place in zip(indices, places_of_others([rows[i] for i in indices]), strict=True)
     ]
     with torch.no_grad():
         kl = torch.stack([gain(row) for row in others]).mean().clamp(min=0)
@@ -107,16 +107,17 @@ def test_ten_steps_equal_trl(tmp_path, tiny_tokenizer):
     order = order_steps(rows, SETTINGS)
     steps = [order.examples_of(step) for step in range(10)]
     answers = [[rows[i].input_ids[PROMPT:].tolist() for i in step] for step in steps]
+    others = [places_of_others([rows[i] for i in step]) for step in steps]
     dataset = datasets.Dataset.from_list(
         [
             {
                 "prompt_ids": rows[index].input_ids[:PROMPT].tolist(),
                 "completion_ids": answer,
-                "KL_completion_ids": other,
+                "KL_completion_ids": of_step[place],
                 "label": not is_rejected[index],
             }
-            for step, of_step in zip(steps, answers, strict=True)
-            for index, answer, other in zip(step, of_step, [of_step[-1], *of_step[:-1]], strict=True)
+            for step, of_step, places in zip(steps, answers, others, strict=True)
+            for index, answer, place in zip(step, of_step, places, strict=True)
         ]
     )
     losses, kls = [], []
@@ -171,6 +172,22 @@ def test_an_exchanged_answer_stands_behind_the_other_question():
     assert len(exchange_answer(rows[0], rows[3], 15).input_ids) == 15
 
 
+@pytest.mark.parametrize(
+    ("questions", "places"),
+    [
+        ("abcd", [3, 0, 1, 2]),
+        ("aabb", [2, 3, 0, 1]),
+        ("abac", [1, 0, 3, 2]),
+        ("aab", [1, 2, 0]),  # two of three: one is left with an answer to its own
+        ("a", [0]),
+    ],
+)
+def test_an_answer_is_exchanged_for_one_to_another_question(questions, places):
+    pairs = make_pairs(3)
+    rows = [pairs[2 * "abc".index(letter)] if letter != "d" else make_pairs(4)[6] for letter in questions]
+    assert places_of_others(rows) == places
+
+
 def label(number: int, is_good: bool) -> dict:
     answer = f"It is {2 * number}." if is_good else f"Perhaps {2 * number + 1}, who knows."
     return {"prompt": f"What is {number} plus {number}?", "completion": answer, "label": is_good}
@@ -219,6 +236,20 @@ def test_pairs_are_a_good_and_a_bad_answer_each(tmp_path, tiny_base_folder):
     job = prepare(run_file(tmp_path, tiny_base_folder, pairs, "objective.name=kto"), tmp_path / "run")
     assert job.dataset.is_rejected.tolist() == [False, True] * 4
     assert job.dataset.receipt.used == 4
+
+
+def test_both_answers_of_a_pair_are_held_out_or_neither(tmp_path, tiny_base_folder):
+    from lorasmith.cli.run_file import prepare
+
+    pairs = [{"prompt": f"Why {n}?", "chosen": f"So {n}.", "rejected": f"No {n}."} for n in range(12)]
+    for share in ("0.25", "0.05"):
+        words = ("objective.name=kto", f"training.validation_share={share}")
+        job = prepare(run_file(tmp_path, tiny_base_folder, pairs, *words), tmp_path / f"run{share}")
+        assert job.validation is not None
+        assert job.validation.is_rejected.tolist() == [False, True] * (len(job.validation) // 2)
+        assert len(job.validation) == max(2, round(24 * float(share)))
+        held_out, kept = ({row.where for row in rows} for rows in (job.validation, job.dataset))
+        assert not held_out & kept
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from lorasmith.data.tokens import TokenizedExample
 from lorasmith.training.schedule import (
     StepOrder,
     group_by_prefix,
+    group_by_question,
     learning_rate_at,
     split_for_validation,
     suggest_learning_rate,
@@ -89,6 +90,27 @@ def test_the_split_is_seeded_and_disjoint():
     assert sorted(kept + held_out) == list(range(20))
     assert split_for_validation(20, settings) == (kept, held_out)
     assert split_for_validation(20, TrainingSettings(validation_share=0.25, seed=9))[1] != held_out
+
+
+def test_answers_to_one_question_are_held_out_together():
+    settings = TrainingSettings(validation_share=0.25)
+    assert split_for_validation(20, settings, np.arange(20)) == split_for_validation(20, settings)
+    questions = np.arange(20) // 2
+    kept, held_out = split_for_validation(20, settings, questions)
+    assert not set(questions[kept]) & set(questions[held_out])
+    assert len(held_out) == 4  # 5 were asked for
+    tiny_share = TrainingSettings(validation_share=0.01)
+    assert len(split_for_validation(20, tiny_share, questions)[1]) == 2
+    assert len(split_for_validation(20, tiny_share, np.zeros(20, int))[1]) == 1, "one question: row by row"
+
+
+def test_a_question_is_what_stands_before_the_answer():
+    rows = [([1, 2, 3, 4], 2), ([1, 2, 9], 2), ([1, 2, 3, 7], 3)]
+    examples = [
+        TokenizedExample(np.array(ids, np.int32), np.array([-100] * start + ids[start:], np.int32), "t:1")
+        for ids, start in rows
+    ]
+    assert group_by_question(examples).tolist() == [0, 0, 1]
 
 
 def test_the_suggested_rate_shrinks_with_the_model():

@@ -185,14 +185,13 @@ def _value(run_file: RunFile, section: str, key: str | None) -> Any:
 def _tokens_of_an_epoch(run_file: RunFile) -> int:
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
-    from lorasmith.data.tokens import documents_of, num_rows
     from lorasmith.model.base import load_tokenizer, resolve_base
-    from lorasmith.training.schedule import split_for_validation
+    from lorasmith.training.schedule import split_dataset
 
     base = resolve_base(run_file.base, fetches_weights=False)
     tokenizer = load_tokenizer(base, trust_remote_code=run_file.base.trust_remote_code)
     kind = run_file.objective.kind
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, kind)
     every = prepare_dataset(run_file.data, recipe, tokenizer, kind=kind)
-    kept, _ = split_for_validation(num_rows(every), run_file.training, documents_of(every))
+    kept, _ = split_dataset(every, run_file.training)
     return int(every.rows(kept).lengths.sum())

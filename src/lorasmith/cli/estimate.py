@@ -81,14 +81,14 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     """Return what the run takes on each ``NAME[:N]``, computed without weights, and the disk that it needs."""
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
-    from lorasmith.data.tokens import documents_of, num_rows
+    from lorasmith.data.tokens import num_rows
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.model.gpus import find_gpu
     from lorasmith.model.methods import check_method
     from lorasmith.packing.plan import predict_gain
     from lorasmith.training.estimate import disk_needed, estimate_on
     from lorasmith.training.rehearsal import Rehearsal, build_without_weights
-    from lorasmith.training.schedule import order_steps, split_for_validation
+    from lorasmith.training.schedule import order_steps, split_dataset
 
     wanted = [find_gpu(name) for name in names]
     trusts, quantization = run_file.base.trust_remote_code, run_file.base.quantization
@@ -97,7 +97,7 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     tokenizer = load_tokenizer(base, trust_remote_code=trusts)
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, run_file.objective.kind)
     every = prepare_dataset(run_file.data, recipe, tokenizer, kind=run_file.objective.kind)
-    kept, held_out = split_for_validation(num_rows(every), run_file.training, documents_of(every))
+    kept, held_out = split_dataset(every, run_file.training)
     dataset = every.rows(kept)
     training = run_file.training
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)

@@ -50,7 +50,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     """The used examples of a source, in file order; of pairs, the rejected example behind the chosen one.
 
     ``lengths`` is int32 [N] in tokens, ``num_learnt`` int32 [N] the learnt ones among them. ``receipt`` is
-    of the whole source, also for a subset. ``fingerprint`` is the sha256 of the data.
+    of the whole source, also for a subset. ``fingerprint`` is the sha256 of the data, ``kind`` what a row is.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self._tokens: dict[int, np.ndarray] = {}  # shards opened so far
         self.receipt = index.receipt
         self.fingerprint = fingerprint
-        self._kind = kind
+        self.kind: RowKind = kind
         self._text_start = text_start
         self.examples_per_row = _per_row(kind)
 
@@ -96,7 +96,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     @property
     def documents(self) -> np.ndarray | None:
         """int64 [N], the document that each piece is of; None where the rows are no plain texts."""
-        return np.cumsum(~self._table.goes_on) - 1 if self._kind == "documents" else None
+        return np.cumsum(~self._table.goes_on) - 1 if self.kind == "documents" else None
 
     def where(self, i: int) -> str:
         """Return the file:line of example ``i``."""
@@ -135,7 +135,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             cut = truncate(ids, is_learnt, self._max_seq_len)
             assert cut is not None  # rows that cannot be cut are not in the table
             ids, is_learnt = cut
-        if self._kind == "documents":  # the first token has nothing to be learnt from; see pieces.py
+        if self.kind == "documents":  # the first token has nothing to be learnt from; see pieces.py
             is_learnt[0] = False
             ids[0] = ids[0] if self._text_start is None else self._text_start
         return TokenizedExample(ids, label(ids, is_learnt), self.where(i))

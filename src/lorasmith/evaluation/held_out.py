@@ -15,13 +15,13 @@ from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger
 from lorasmith.data.settings import DataSettings, RowKind
 from lorasmith.data.sources import Source, open_source
-from lorasmith.data.tokens import encode, examples_per_row, num_rows
+from lorasmith.data.tokens import encode, examples_per_row
 from lorasmith.errors import DataError, RecipeError
 from lorasmith.evaluation.overlap import find_leaks
 from lorasmith.evaluation.questions import EvaluationRow, read_evaluation_rows, spread_evenly
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.model.run_record import RunRecord
-from lorasmith.training.schedule import split_for_validation
+from lorasmith.training.schedule import split_dataset
 from lorasmith.training.settings import TrainingSettings
 
 _LATE_SKIPS = {OVERLONG, NO_ROOM, "recipe"}  # a receipt's words for rows that were read and then left out
@@ -94,7 +94,7 @@ class TrainingData:
             return []
         data = self._data.model_copy(update={"train": self._place, "on_bad_row": "skip"})
         used = prepare_dataset(data, recipe, tokenizer, kind=self._kind)
-        _, held_out = split_for_validation(num_rows(used), self._training)
+        _, held_out = split_dataset(used, self._training)
         numbers = np.array(list(self._number_used(used, recipe, tokenizer))).reshape(
             -1, examples_per_row(used)
         )

@@ -4,13 +4,16 @@
     bad     w_u (1 - s(beta (z - g)))                                              mean over rows
 
     g = log p(y | x) - log p0(y | x)                              p0 the reference: the base
-    z = max(0, mean over the step of log p(y' | x) - log p0(y' | x))     y' the answer of the row before
+    z = max(0, mean over the step of log p(y' | x) - log p0(y' | x))     y' the answer to another question
 
 s is the logistic function. z, how far the model has gone from the base as a whole, takes no gradient. Its answers
 stand behind questions of other rows of the same step, so each step asks model and base for them anew: two passes
 without gradient more. They are cut to the length of the longest example, so that they need no more memory than it.
 
-Source: Ethayarajh et al. 2024 (arXiv 2402.01306, eq. 7 and 8); z as the authors' code and TRL estimate it.
+Source: Ethayarajh et al. 2024 (arXiv 2402.01306, eq. 7 and 8); z as the authors' code and TRL estimate it: every answer
+of the step once, behind the question of a neighbour. Both leave it to the order of rows that a neighbour has another
+question (the authors shuffle the two answers of a pair apart, TRL puts all good ones before all bad ones). Here rows of
+one question are told by their tokens and kept apart, also in a validation, whose rows are in the order of the file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,8 +64,8 @@ class Kto(Objective):
     ) -> None:
         rows = [dataset[index] for index in indices]
         others = [
-            exchange_answer(row, other, self._longest)
-            for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True)
+            exchange_answer(row, rows[place], self._longest)
+            for row, place in zip(rows, places_of_others(rows), strict=True)
         ]
         now = ask(others)
         with self._model.disable_adapter():
@@ -91,6 +94,24 @@ class Kto(Objective):
             rewards[is_bad].sum().item() * num_bad,
             (rewards * sign > 0).sum().item(),
         )
+
+
+def places_of_others(rows: Sequence[TokenizedExample]) -> list[int]:
+    """Return for each row the place of another, whose answer it is to be asked with; each place comes once.
+
+    It has another question wherever no question has more than half of the rows; the row before, where all differ.
+
+        questions a a b b    ->   2 3 0 1
+        questions a b c d    ->   3 0 1 2
+    """
+    numbers: dict[bytes, int] = {}
+    questions = [numbers.setdefault(row.input_ids[: _start(row)].tobytes(), len(numbers)) for row in rows]
+    order = sorted(range(len(rows)), key=questions.__getitem__)  # those of one question side by side
+    most = max(np.bincount(questions))  # moved on by so many places, none meets its own
+    found = [0] * len(rows)
+    for place, other in zip(order, [*order[-most:], *order[:-most]], strict=True):
+        found[place] = other
+    return found
 
 
 def exchange_answer(row: TokenizedExample, other: TokenizedExample, longest: int) -> TokenizedExample:

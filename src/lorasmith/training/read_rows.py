@@ -15,7 +15,7 @@ from lorasmith.data.settings import DataSettings, RowKind
 from lorasmith.data.tokens import documents_of, num_rows, tokenizer_json
 from lorasmith.errors import DataError
 from lorasmith.training.distributed import Team
-from lorasmith.training.schedule import split_for_validation
+from lorasmith.training.schedule import split_dataset
 from lorasmith.training.settings import TrainingSettings
 
 
@@ -59,7 +59,7 @@ def read_rows(
 
     all_rows = prepare(data.train)
     documents = documents_of(all_rows)
-    kept, held_out = split_for_validation(num_rows(all_rows), training, documents)
+    kept, held_out = split_dataset(all_rows, training)
     if not kept:
         raise DataError(
             f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorasmith.data.tokens import TokenizedExample, examples_per_row, num_rows
+from lorasmith.data.dataset import TokenizedDataset
+from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample, documents_of, examples_per_row, num_rows
 from lorasmith.training.settings import TrainingSettings
 
 _FULL_FINETUNING_RATE = 5e-5
@@ -115,28 +116,54 @@ def group_by_prefix(dataset: Sequence[TokenizedExample], num_tokens: int) -> np.
     return np.unique(digests, return_inverse=True)[1]
 
 
+def split_dataset(dataset: TokenizedDataset, settings: TrainingSettings) -> tuple[list[int], list[int]]:
+    """Return the rows of ``dataset`` to train on and the held-out ones; see :func:`split_for_validation`.
+
+    What stays together: the pieces of a document; of pairs and of labelled answers those to the same question.
+    """
+    together = documents_of(dataset)
+    if settings.validation_share and dataset.kind in ("pairs", "labelled"):
+        together = group_by_question(dataset)
+    return split_for_validation(num_rows(dataset), settings, together)
+
+
+def group_by_question(dataset: Sequence[TokenizedExample]) -> np.ndarray:
+    """Return int64 [rows], numbered as they first come: the same for rows with the same tokens before the answer."""
+    numbers: dict[bytes, int] = {}
+    found = []
+    for index in range(0, len(dataset), examples_per_row(dataset)):
+        example = dataset[index]
+        question = example.input_ids[: int(np.argmax(example.labels != IGNORE_INDEX))]
+        digest = hashlib.blake2b(question.tobytes(), digest_size=8).digest()
+        found.append(numbers.setdefault(digest, len(numbers)))
+    return np.array(found, np.int64)
+
+
 def split_for_validation(
-    num_rows: int, settings: TrainingSettings, documents: np.ndarray | None = None
+    num_rows: int, settings: TrainingSettings, together: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
     """Return the rows to train on and the held-out ones, both in the data's order; seeded.
 
-    ``documents`` (int [num_rows]): rows are pieces of documents. Whole documents are held out, where so many are small
-    enough to fill half of the share; else pieces, and other pieces of the same documents are trained on.
+    ``together`` (int [num_rows]): rows of one number (pieces of a document, answers to a question) are held out
+    together, where so many numbers are small enough to fill half of the share; else each row by itself, and others of
+    its number are trained on. A share smaller than two rows may become two.
     """
     num_held_out = max(1, round(settings.validation_share * num_rows)) if settings.validation_share else 0
     rng = np.random.default_rng([settings.seed, 0x5EED])
-    held_out = _pick_documents(documents, num_held_out, rng) if documents is not None else set()
+    held_out = _pick_together(together, num_held_out, rng) if together is not None else set()
     if len(held_out) < num_held_out / 2:
         held_out = set(rng.permutation(num_rows)[:num_held_out].tolist())
     return [i for i in range(num_rows) if i not in held_out], sorted(held_out)
 
 
-def _pick_documents(documents: np.ndarray, most: int, rng: np.random.Generator) -> set[int]:
-    """Return the places of the pieces of documents taken at random, at most ``most`` pieces."""
-    names, sizes = np.unique(documents, return_counts=True)
+def _pick_together(together: np.ndarray, most: int, rng: np.random.Generator) -> set[int]:
+    """Return the places of all rows of some numbers, taken at random, about ``most`` rows."""
+    names, sizes = np.unique(together, return_counts=True)
+    if most and len(names) > 1:
+        most = max(most, min(2, sizes.min()))
     chosen = []
     for place in rng.permutation(len(names)):
         if sizes[place] <= most:
             chosen.append(names[place])
             most -= int(sizes[place])
-    return set(np.flatnonzero(np.isin(documents, chosen)).tolist())
+    return set(np.flatnonzero(np.isin(together, chosen)).tolist())

@@ -63,7 +63,7 @@ class TrainingSettings(BaseModel):
         ge=0,
         lt=1,
         description="share of the training data that is held out for the validation loss; of plain texts whole "
-        "documents, as far as there are small ones",
+        "documents, as far as there are small ones; of compared answers all to one question together",
     )
     evaluate_every: int | None = Field(
         default=None, ge=1, description="steps between validations; none: once an epoch"
