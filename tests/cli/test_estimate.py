@@ -94,6 +94,32 @@ def test_for_a_gpu_a_quantised_base_takes_its_own_size(kind, a_number, a_row, lo
     assert saved == pytest.approx(4 * numbers - numbers * a_number - num_outputs * a_row, abs=8)
 
 
+@pytest.mark.parametrize("more", [(), ("--gpu", "Slow")])
+def test_what_goes_through_without_gradient_is_in_the_time(more, lorasmith, words, tmp_path, monkeypatch):
+    from lorasmith.model import gpus
+    from lorasmith.training import preference
+
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.setitem(gpus.GPUS, "Slow", gpus.Gpu("Slow", 16, 1e-4, 1e-4))
+    monkeypatch.setattr(preference, "write_arrays", None)  # no reference is computed for an estimate
+
+    def estimate(objective):
+        asked = ("estimate", words[0], "data.train=pairs.jsonl", f"objective.name={objective}", *more)
+        shown, report = lorasmith(*asked), lorasmith(*asked, "--json")
+        assert shown.exit_code == 0, shown.output
+        return json.loads(report.output)["estimates"][0], " ".join(shown.output.split())
+
+    (orpo, said), (dpo, _), (kto, said_of_kto) = map(estimate, ("orpo", "dpo", "kto"))
+    assert orpo["num_asked"] == 0
+    assert "without gradient" not in said
+    assert dpo["num_asked"] == pytest.approx(dpo["num_tokens"] / 3, rel=0.01)  # once, of three epochs
+    assert kto["num_asked"] == pytest.approx(kto["num_tokens"] * 7 / 3, rel=0.01)
+    assert f"; {kto['num_asked']:,} more go through without gradient" in said_of_kto
+    if more:
+        assert dpo["seconds"][1] == pytest.approx(orpo["seconds"][1] * 7 / 6, rel=0.01)
+
+
 def test_a_quantised_base_is_refused_where_training_would_refuse_it(lorasmith, words):
     result = lorasmith("estimate", *words, "--gpu", "T4", "base.quantization=int8", "method.name=full")
     assert "no gradient moves" in " ".join(str(result.exception).split())

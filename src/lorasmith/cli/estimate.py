@@ -73,7 +73,9 @@ def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[
             say=lambda line: None if quiet else console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
             must_measure=True,
         )
-    found = estimate_here(job.model, job.forward, job.dataset, job.training, job.gain, job.fit)
+    found = estimate_here(
+        job.model, job.forward, job.dataset, job.training, run_file.objective, job.gain, job.fit
+    )
     return [found], disk_needed(job.model, job.dataset, job.training, validates=job.validation is not None)
 
 
@@ -87,12 +89,14 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
     from lorasmith.model.methods import check_method
     from lorasmith.packing.plan import predict_gain
     from lorasmith.training.estimate import disk_needed, estimate_on
+    from lorasmith.training.kto import check_objective
     from lorasmith.training.rehearsal import Rehearsal, build_without_weights
     from lorasmith.training.schedule import order_steps, split_dataset
 
     wanted = [find_gpu(name) for name in names]
     trusts, quantization = run_file.base.trust_remote_code, run_file.base.quantization
     check_method(run_file.method, run_file.base)
+    check_objective(run_file.objective, run_file.method, run_file.training)
     base = resolve_base(run_file.base, fetches_weights=False)
     tokenizer = load_tokenizer(base, trust_remote_code=trusts)
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, run_file.objective.kind)
@@ -118,7 +122,17 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
             rehearsals[dtype] = Rehearsal(sketch, run_file.engine, quantization)
         checkpointing = run_file.engine.gradient_checkpointing
         estimates.append(
-            estimate_on(gpu, count, rehearsals[dtype], dataset, training, gain, checkpointing, dtype)
+            estimate_on(
+                gpu,
+                count,
+                rehearsals[dtype],
+                dataset,
+                training,
+                run_file.objective,
+                gain,
+                checkpointing,
+                dtype,
+            )
         )
     validates = bool(held_out) or run_file.data.validation is not None
     return estimates, disk_needed(rehearsals[dtype].model, dataset, run_file.training, validates=validates)
@@ -149,7 +163,14 @@ def _print_estimates(estimates: list["Estimate"]) -> None:
             f"computing them: {SECONDS_TO_START_AN_OPERATION * 1e6:.0f} µs each, on any GPU alike. A faster one would "
             "be no faster here."
         )
-    console.print(f"Tokens of the run: {first.num_tokens:,}, shared prefixes counted once. {_basis(first)}")
+    asked = (
+        f"; {first.num_asked:,} more go through without gradient, each taken as half as dear"
+        if first.num_asked
+        else ""
+    )
+    console.print(
+        f"Tokens of the run: {first.num_tokens:,}, shared prefixes counted once{asked}. {_basis(first)}"
+    )
 
 
 def _basis(estimate: "Estimate") -> str:

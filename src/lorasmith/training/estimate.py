@@ -19,12 +19,15 @@ from lorasmith.model.memory import free_bytes
 from lorasmith.packing.plan import Gain
 from lorasmith.training.fit import Fit, bytes_of_training, fit_computed
 from lorasmith.training.rehearsal import Rehearsal
-from lorasmith.training.settings import TrainingSettings
+from lorasmith.training.settings import ObjectiveSettings, TrainingSettings
 
 _CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspace
 _SHARE_OF_PEAK_RATE = (0.25, 0.5)  # assumed: what a step reaches of a GPU's peak rate, small and large models
 SECONDS_TO_START_AN_OPERATION = 8e-6  # assumed: eager PyTorch's own work for a kernel, however small
 _BYTES_OF_A_TOKEN_ON_DISK = 4
+_SHARE_WITHOUT_GRADIENT = (
+    0.5  # of a step's time: backwards through a frozen base takes about as long as forwards
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ class Estimate:
     memory_bytes: int  # that can be used there
     num_steps: int
     num_tokens: int  # that the run computes
+    num_asked: (
+        int  # and those that go through without gradient: the reference, and what KTO asks in each step
+    )
     seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
     is_bound_by_starts: bool = False
 
@@ -62,6 +68,7 @@ class Estimate:
             "memory_bytes": self.memory_bytes,
             "num_steps": self.num_steps,
             "num_tokens": self.num_tokens,
+            "num_asked": self.num_asked,
             "seconds_per_step": self.seconds and [s / self.num_steps for s in self.seconds],
             "seconds": self.seconds and list(self.seconds),
             "is_bound_by_starts": self.is_bound_by_starts,
@@ -73,6 +80,7 @@ def estimate_here(
     forward: PackForward,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
+    objective: ObjectiveSettings,
     gain: Gain,
     fit: Fit,
 ) -> Estimate:
@@ -81,7 +89,8 @@ def estimate_here(
     activations = round(fit.bytes_per_token * fit.largest_pack_tokens)
     training_bytes = bytes_of_training(model)
     num_tokens = tokens_to_compute(gain, num_rows(dataset), training, forward)
-    seconds = num_tokens * fit.seconds_per_token
+    num_asked = tokens_to_ask(gain, num_rows(dataset), training, objective, forward)
+    seconds = in_steps(num_tokens, num_asked) * fit.seconds_per_token
     return Estimate(
         place="this machine's " + ("CPU" if forward.device.type == "cpu" else "GPU"),
         how=fit.reason,
@@ -95,6 +104,7 @@ def estimate_here(
         memory_bytes=free_bytes(forward.device) + fit.peak_bytes - training_bytes - activations,
         num_steps=training.num_steps(num_rows(dataset)),
         num_tokens=num_tokens,
+        num_asked=num_asked,
         seconds=(seconds, seconds),
     )
 
@@ -105,6 +115,7 @@ def estimate_on(
     rehearsal: Rehearsal,
     dataset: Sequence[TokenizedExample],
     training: TrainingSettings,
+    objective: ObjectiveSettings,
     gain: Gain,
     checkpointing: bool | str,
     dtype: str,
@@ -120,11 +131,13 @@ def estimate_on(
         rehearsal, dataset, one_gpu, checkpointing, torch.device("cuda"), room
     )
     num_tokens = tokens_to_compute(gain, num_rows(dataset), training, rehearsal.forward)
+    num_asked = tokens_to_ask(gain, num_rows(dataset), training, objective, rehearsal.forward)
+    in_all = in_steps(num_tokens, num_asked)
     num_steps = training.num_steps(num_rows(dataset))
     seconds, is_bound_by_starts = None, False
     if fit is not None:
-        products = num_tokens / count * pack.flops / fit.largest_pack_tokens
-        num_packs = max(num_steps, num_tokens / count / fit.largest_pack_tokens)
+        products = in_all / count * pack.flops / fit.largest_pack_tokens
+        num_packs = in_all / num_tokens * max(num_steps, num_tokens / count / fit.largest_pack_tokens)
         starts = num_packs * pack.num_operations * SECONDS_TO_START_AN_OPERATION
         least, most = (
             max(starts, products / (gpu.peak_flops(dtype) * share)) for share in reversed(_SHARE_OF_PEAK_RATE)
@@ -143,6 +156,7 @@ def estimate_on(
         memory_bytes=gpu.memory_bytes,
         num_steps=num_steps,
         num_tokens=num_tokens,
+        num_asked=num_asked,
         seconds=seconds,
         is_bound_by_starts=is_bound_by_starts,
     )
@@ -170,8 +184,28 @@ def disk_needed(
 
 def tokens_to_compute(gain: Gain, num_examples: int, training: TrainingSettings, forward: PackForward) -> int:
     """Return the tokens that the whole run computes, in the way of ``forward``: shared, packed or padded."""
-    an_epoch = gain.padded if not forward.packed else gain.shared if forward.share_prefixes else gain.packed
-    return round(an_epoch * training.num_steps(num_examples) / training.steps_per_epoch(num_examples))
+    epochs = training.num_steps(num_examples) / training.steps_per_epoch(num_examples)
+    return round(_tokens_of_an_epoch(gain, forward) * epochs)
+
+
+def tokens_to_ask(
+    gain: Gain,
+    num_examples: int,
+    training: TrainingSettings,
+    objective: ObjectiveSettings,
+    forward: PackForward,
+    *,
+    has_reference: bool = False,
+) -> int:
+    """Return the tokens that go through without gradient: those of the reference once, and KTO's of every step."""
+    epochs = training.num_steps(num_examples) / training.steps_per_epoch(num_examples)
+    times = objective.passes_a_step * epochs + (objective.needs_reference and not has_reference)
+    return round(_tokens_of_an_epoch(gain, forward) * times)
+
+
+def in_steps(num_tokens: int, num_asked: int) -> float:
+    """Return how many tokens of steps take as long as these and those that go through without gradient."""
+    return num_tokens + _SHARE_WITHOUT_GRADIENT * num_asked
 
 
 def in_words(seconds: float) -> str:
@@ -185,6 +219,10 @@ def in_words(seconds: float) -> str:
     if hours < 24:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def _tokens_of_an_epoch(gain: Gain, forward: PackForward) -> int:
+    return gain.padded if not forward.packed else gain.shared if forward.share_prefixes else gain.packed
 
 
 def _bytes_of_weights(model: PeftModel | PreTrainedModel) -> int:

@@ -55,7 +55,7 @@ from lorasmith.model.trained import ADAPTER, MODEL, save_trained
 from lorasmith.packing.plan import Gain, predict_gain
 from lorasmith.training.checkpoint import Checkpoint
 from lorasmith.training.distributed import ALONE, Team
-from lorasmith.training.estimate import in_words, tokens_to_compute
+from lorasmith.training.estimate import in_steps, in_words, tokens_to_ask, tokens_to_compute
 from lorasmith.training.fit import Fit, choose_fit, run_tokens
 from lorasmith.training.kto import Kto, advise_weights, check_labels, check_objective
 from lorasmith.training.loop import StepReport, train
@@ -137,7 +137,8 @@ def prepare_job(
     """Read the data, load the base, attach the adapter, and write run.json and receipt.json to ``run_dir``.
 
     What is ``asked`` is recorded as plain values, and compared when a run goes on.
-    ``must_measure``: measure memory and time on the heaviest pack even where that costs more than the run is worth.
+    ``must_measure``: measure memory and time on the heaviest pack even where that costs more than the run is worth, and
+    ask the base for no reference: for an estimate, which takes no step.
 
     Of a ``team`` every process gets the job; the first one reads and writes ``run_dir``, measures and decides.
 
@@ -225,6 +226,7 @@ def prepare_job(
     base_key = f"{resolved.ref.fingerprint} {base.quantization} {found['dtype']}"
     learns = _make_objective(
         objective,
+        not must_measure,
         base_key,
         model,
         forward,
@@ -245,7 +247,9 @@ def prepare_job(
         fit = _measure_fit(model, forward, rehearsal, dataset, training, engine, must_measure, team)
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
-            left = tokens_to_compute(gain, num_rows(dataset), training, forward) * fit.seconds_per_token
+            count = num_rows(dataset)
+            asked = tokens_to_ask(gain, count, training, objective, forward, has_reference=True)
+            left = in_steps(tokens_to_compute(gain, count, training, forward), asked) * fit.seconds_per_token
             by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
             say(
                 f"Time: about {in_words(left / team.count)}, "
@@ -461,6 +465,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
 
 def _make_objective(
     objective: ObjectiveSettings,
+    asks_base: bool,
     base_key: str,
     model: PeftModel | PreTrainedModel,
     forward: PackForward,
@@ -473,7 +478,10 @@ def _make_objective(
     say: Say,
     progress: Progress,
 ) -> Objective:
-    """Return what the loop minimises, with the reference's log probabilities where it needs them."""
+    """Return what the loop minimises, with the reference's log probabilities where it needs them.
+
+    Without ``asks_base`` the next token, which costs as much: no step will be taken.
+    """
     if objective.name in ("sft", "text"):
         return NEXT_TOKEN
     if objective.name == "kto":
@@ -482,6 +490,8 @@ def _make_objective(
         say(f"Labels: {len(dataset) - num_bad:,} answers are good (true), {num_bad:,} bad (false)")
         if advice := advise_weights(dataset.is_rejected, objective):
             say(f"Note: the two kinds do not weigh alike; {advice} would balance them.")
+    if not asks_base:
+        return NEXT_TOKEN
     references = {}
     if objective.needs_reference:
         say("Reference: the base's log probabilities of the answers, computed once and kept in the cache")

@@ -155,6 +155,11 @@ class ObjectiveSettings(BaseModel):
         return self.name in ("dpo", "ipo", "kto")
 
     @property
+    def passes_a_step(self) -> int:
+        """Passes without gradient that each step makes over its examples: of the model, and of the base."""
+        return 2 if self.name == "kto" else 0
+
+    @property
     def scale(self) -> float:
         return self.beta if self.beta is not None else _BETA[self.name]
 
