@@ -130,6 +130,14 @@ def test_a_search_needs_a_validation_loss_and_optuna(played, tmp_path, monkeypat
         open_study(make_candidates(["run.yaml"], []), tmp_path)
 
 
+def test_losses_of_two_objectives_choose_nothing(played, tmp_path):
+    sections = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    for name in ("dpo", "orpo"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**sections, "objective": {"name": name}}))
+    with pytest.raises(SettingsError, match=r"validation loss, and those of dpo and orpo are no measure"):
+        compare("dpo.yaml", "orpo.yaml", "--search")
+
+
 def test_only_low_rank_methods_have_ranks_to_try(played):
     spaces = {c.name: space_of(c.run_file) for c in make_candidates(["run.yaml"], ["lora", "vera", "full"])}
     assert spaces["lora"].ranks == (8, 4, 16, 32, 64)

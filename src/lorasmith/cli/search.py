@@ -66,7 +66,8 @@ def open_study(candidates: Sequence[Candidate], folder: Path) -> "Study":
     """Return the study of these very candidates, new or as it was left; a trial that was cut off counts as failed.
 
     Raises:
-        MissingExtraError: Optuna is not installed. SettingsError: there is no validation loss to search by.
+        MissingExtraError: Optuna is not installed. SettingsError: there is no validation loss to search by, or there
+            are those of several objectives.
     """
     try:
         import optuna
@@ -78,6 +79,11 @@ def open_study(candidates: Sequence[Candidate], folder: Path) -> "Study":
         raise SettingsError(
             "A search needs a validation loss: what the best run is judged by must not have chosen it. Hold out a "
             "share of the training data, training.validation_share=0.2, or name data.validation=FILE."
+        )
+    if len(names := {candidate.run_file.objective.name for candidate in candidates}) > 1:
+        raise SettingsError(
+            f"A search chooses by the validation loss, and those of {' and '.join(sorted(names))} are no measure of "
+            "each other. Search each objective by itself; without --search runs are compared by what they answer."
         )
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
