@@ -233,7 +233,7 @@ def _cheaper_than(best: Entry, alike: Sequence[Entry]) -> list[str]:
         ("seconds", "time", lambda e: f"{e.seconds:,.0f} s"),
     ):
         least = min(alike, key=lambda entry: getattr(entry, price))
-        if getattr(least, price) < _CLEARLY_LESS * getattr(best, price):
+        if getattr(least, price) < _CLEARLY_LESS * getattr(best, price) and told(least) != told(best):
             lines.append(
                 f"Of these {least.name} takes the least {what}: {told(least)}, where {best.name} takes {told(best)}."
             )
