@@ -41,6 +41,15 @@ def test_values_that_yaml_stumbles_over(tmp_path, value, said):
         load_run_file(tmp_path / "run.yaml", environ={})
 
 
+@pytest.mark.parametrize("name", ["", "[1]", "4", "true", "{a: 1}", "!!binary aGk="])
+def test_methods_whose_name_is_no_text(tmp_path, name):
+    (tmp_path / "run.yaml").write_text(f"data:\n  train: x.json\nmethod: {{name: {name}, r: 8}}\n")
+    with pytest.raises(
+        SettingsError, match=r"method\.name is .*, and there is no such method; the methods are lora"
+    ):
+        load_run_file(tmp_path / "run.yaml", environ={})
+
+
 def test_a_bomb_of_aliases_is_not_built(tmp_path):
     levels = [f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]" for i in range(30)]
     (tmp_path / "run.yaml").write_text("\n".join(["x0: &x0 [lol]", *levels]))

@@ -311,7 +311,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 def _describe(
-    fault: Any, loc: Sequence[Any], sources: Mapping[str, str], path: str | Path | None, method: str
+    fault: Any, loc: Sequence[Any], sources: Mapping[str, str], path: str | Path | None, method: Any
 ) -> str:
     """Return one pydantic fault, found at ``loc``, in the words of a run file."""
     place = [str(part) for part in loc]
@@ -323,7 +323,8 @@ def _describe(
         way_out = "name your data: data.train=FILE, or --data FILE" if name.startswith("data") else "set it"
         return f"{name if '.' in name else name + '.train'} is missing; {way_out}"
     if fault["type"] == "union_tag_invalid":
-        source, near = sources.get("method.name", source), difflib.get_close_matches(method, METHODS, n=1)
+        source = sources.get("method.name", source)
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(METHODS)}"
         return f"{source}: method.name is {_show(method)}, and there is no such method; {hint}"
     if fault["type"] == "extra_forbidden":
