@@ -16,6 +16,7 @@ def train_as(rank: int, count: int, port: int, words: list[str], run_dir: str, s
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "LORASMITH_CACHE": f"{run_dir}-cache",  # what another run has computed must not be found
     }
     train_and_tell(words, run_dir, sender)
 

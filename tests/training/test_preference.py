@@ -15,6 +15,7 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import DataError, SettingsError
 from lorasmith.model.method_settings import LoraSettings
 from lorasmith.packing.trie import pack_examples
+from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.loop import train
 from lorasmith.training.preference import Preference, reference_log_probs
 from lorasmith.training.schedule import order_steps
@@ -458,3 +459,27 @@ def test_a_setting_of_another_objective_is_refused(tmp_path, tiny_base_folder):
         run_file(tmp_path, tiny_base_folder, [PAIR], "objective.name=dpo", "objective.margin=2")
     with pytest.raises(SettingsError, match="beta is no setting of sft"):
         run_file(tmp_path, tiny_base_folder, [PAIR], "objective.beta=2")
+
+
+class Half(Team):
+    """One of two processes, asked alone: what the other finds is 0."""
+
+    def total(self, *numbers):
+        return list(numbers)
+
+
+def test_processes_share_the_passes_over_the_base():
+    pairs, model = make_pairs(40), make_adapted()
+    forward = PackForward(model, EngineSettings())
+    passes, plain = [], forward.log_probs
+    forward.log_probs = lambda pack, name: passes.append(pack) or plain(pack, name)
+
+    def ask(team, key):
+        passes.clear()
+        settings = {"base_key": key, "max_tokens": 200, "team": team}
+        return reference_log_probs(model, forward, pairs, "train", LoraSettings(), **settings), len(passes)
+
+    halves = [ask(Half(rank=rank, count=2), f"half {rank}") for rank in (0, 1)]
+    alone, num_passes = ask(ALONE, "whole")
+    np.testing.assert_allclose(halves[0][0] + halves[1][0], alone, rtol=1e-5)
+    assert max(count for _, count in halves) < 0.7 * num_passes

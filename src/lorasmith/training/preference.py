@@ -153,7 +153,7 @@ def reference_log_probs(
     if not team.any(found is None):  # all compute or none: the passes over a sharded base are made together
         assert found is not None, "no process lacks it"
         return found["log_probs"]
-    log_probs = np.zeros(len(dataset), np.float32)
+    log_probs = np.zeros(len(dataset))
     # A method that starts inside the base's weights, and one that trains them, is the base before the first step.
     is_base = isinstance(method, FullSettings) or method.changes_base
     adapter_off = model.disable_adapter() if isinstance(model, PeftModel) and not is_base else None
@@ -161,17 +161,21 @@ def reference_log_probs(
     with torch.no_grad(), adapter_off or contextlib.nullcontext():
         for low in range(0, len(dataset), 64):
             indices = range(low, min(low + 64, len(dataset)))
-            for pack in pack_examples(
+            packs = pack_examples(
                 dataset,
                 indices,
                 max_tokens=max_tokens,
+                num_processes=team.count,
                 share_prefixes=forward.share_prefixes,
                 cost=forward.cost,
-            ):
-                log_probs[list(pack.examples)] = forward.log_probs(pack, name).cpu().numpy()
+            )
+            for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
+                found = weight * forward.log_probs(packs[place], name)
+                log_probs[list(packs[place].examples)] += found.double().cpu().numpy()
+            log_probs[low : indices.stop] = team.total(*log_probs[low : indices.stop])
             on_progress(indices.stop / len(dataset))
-    write_arrays(path, {"log_probs": log_probs})
-    return log_probs
+    write_arrays(path, {"log_probs": log_probs.astype(np.float32)})
+    return log_probs.astype(np.float32)
 
 
 def _key(base_key: str, dataset: Sequence[TokenizedExample]) -> str:
