@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from conftest import make_tiny_model
 from lorasmith.cli.run_file import load_run_file, train
 from lorasmith.data.example import Message
 from lorasmith.errors import MissingExtraError, SettingsError
@@ -65,6 +66,18 @@ def test_gradients_are_those_of_the_dequantised_base_also_after_an_evaluation(ki
     with torch.no_grad():
         model.eval()(IDS)  # what spoils 4-bit weights on CPUs with AVX512-bf16
     assert cosine_similarity(gradients(model), expected, dim=0) > 0.999
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_unquantised_file_does_not_stay_in_memory(kind, tmp_path, tiny_tokenizer):
+    make_tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    base = resolve_base(BaseSettings(model=str(tmp_path)))
+    model = load_base(base, CPU, quantization=kind)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # still tied
 
 
 @needs_bitsandbytes

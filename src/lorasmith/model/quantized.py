@@ -86,4 +86,14 @@ def make_trainable(model: "PreTrainedModel") -> "PreTrainedModel":
         # are wrong, with one warning (bitsandbytes 0.50). Without that kernel they are right.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    _let_go_of_files(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _let_go_of_files(model: "PreTrainedModel") -> None:
+    """Copy what still lies in the mapped files: a single tensor keeps all of the unquantised weights in memory."""
+    from torch import nn
+
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
