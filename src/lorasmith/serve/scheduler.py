@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from lorasmith.errors import LorasmithError
+from lorasmith.errors import LorasmithError, first_line
 from lorasmith.serve.adapters import LoraWeights
 from lorasmith.serve.batch import Batch, FailedError, Row
 
@@ -57,7 +57,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(rows) for rows in self._waiting.values())
+        return sum(len(rows) for rows in list(self._waiting.values()))  # whoever asks does not hold the lock
 
     @property
     def num_running(self) -> int:
@@ -139,7 +139,7 @@ class Scheduler:
             logger.exception("the batch failed; its rows were given up")
             for row in self._batch.drop():
                 self._joined_at.pop(row, None)
-                row.tell(FailedError(f"The answer could not be computed: {str(fault).splitlines()[0][:200]}"))
+                row.tell(FailedError(f"The answer could not be computed: {first_line(fault)[:200]}"))
                 self._note(row)
 
     def _leave(self) -> None:
