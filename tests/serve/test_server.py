@@ -16,6 +16,7 @@ import pytest
 from lorasmith.cli import evaluate
 from lorasmith.cli.serve import command
 from lorasmith.errors import SettingsError
+from lorasmith.serve.batch import FailedError
 from lorasmith.serve.keys import Keys, read_keys
 from serve.conftest import open_service, serving
 
@@ -118,6 +119,24 @@ def test_a_client_that_leaves_while_it_asks_is_no_fault_of_ours(tiny_base_folder
             time.sleep(0.01)
     assert 'lorasmith_requests_total{model="",status="499"} 1.0' in page
     assert 'status="500"' not in page
+
+
+def test_warming_up_asks_no_more_than_may_wait(tiny_base_folder, adapters):
+    service = open_service(tiny_base_folder, adapters, max_waiting=2)
+    service.warm_up()
+    service.close()
+
+
+def test_a_server_that_cannot_answer_a_word_says_so_and_does_not_start(tiny_base_folder):
+    service = open_service(tiny_base_folder, {})
+
+    def fail(*_):
+        raise MemoryError
+
+    service.models.model.register_forward_pre_hook(fail)
+    with pytest.raises(FailedError, match="could not be computed: MemoryError"):
+        service.warm_up()
+    service.close()
 
 
 def test_a_full_server_answers_429_with_a_time(tiny_base_folder):

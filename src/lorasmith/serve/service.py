@@ -203,19 +203,32 @@ class Service:
         )
 
     def warm_up(self) -> None:
-        """Answer a word with each model, so that no client waits for what the first forward needs."""
+        """Answer a word with each model, so that no client waits for what the first forward needs.
+
+        Raises:
+            FailedError: not even that could be computed.
+        """
         done = threading.Semaphore(0)
-        models = self.models.list()[-MAX_SIDE_BY_SIDE:]
+        faults: list[LorasmithError] = []
+
+        def tell(part: Delta | LorasmithError) -> None:
+            if isinstance(part, LorasmithError):
+                faults.append(part)
+            done.release()
+
+        models = self.models.list()[-min(MAX_SIDE_BY_SIDE, self.settings.max_waiting) :]
         sampling = SamplingSettings(max_tokens=2)
         rows = []
         for model in models:
             prompt = model.chat.encode_prompt("Hi")
             writer = model.chat.new_writer(prompt, sampling)
-            rows.append(Row(prompt, model.adapter, sampling, writer, tell=lambda part: done.release()))
+            rows.append(Row(prompt, model.adapter, sampling, writer, tell))
         self.scheduler.submit(rows)
         for row in rows:
-            while not row.is_over and self.scheduler.is_alive:
+            while not (row.is_over or faults) and self.scheduler.is_alive:
                 done.acquire(timeout=1)
+        if faults:
+            raise faults[0]
 
     def cancel(self, answering: Answering) -> None:
         """Stop what is not finished of a request."""
