@@ -10,6 +10,7 @@ from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
+from lorasmith.serve.adapters import _AdaptedLinear
 from lorasmith.serve.batch import Batch, Row
 from lorasmith.serve.models import open_models
 from lorasmith.serve.slots import SlotCache
@@ -109,6 +110,34 @@ def test_a_mixed_batch_answers_as_each_alone(models, lone_chats, kept_tokens):
     assert batch.beginnings.num_tokens <= kept_tokens
 
 
+def test_adapters_that_were_laid_half_way_are_laid_anew(models, lone_chats, monkeypatch):
+    batch = make_batch(models.model)
+
+    def ask(name):
+        model, told = models.find(name), []
+        run(batch, [make_row(model.chat, model.adapter, QUESTIONS[0], SETTINGS[0], told)])
+        return "".join(part.text for part in told)
+
+    answers = {name: answer_alone(lone_chats, name, QUESTIONS[0], SETTINGS[0]).text for name in lone_chats}
+    assert ask("alpha") == answers["alpha"]
+    paths = []
+
+    def lay(layer, path, adapters):
+        paths.append(path)
+        if len(paths) == 5:
+            raise MemoryError
+        whole(layer, path, adapters)
+
+    whole = _AdaptedLinear.lay
+    monkeypatch.setattr(_AdaptedLinear, "lay", lay)
+    with pytest.raises(MemoryError):
+        ask("beta")
+    batch.drop()
+    assert {name: ask(name) for name in ("beta", "alpha")} == {
+        name: answers[name] for name in ("beta", "alpha")
+    }
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen", "gpt_neox"])
 def test_other_models_answer_as_transformers_generate(family, tiny_tokenizer):
     model = make_tiny_model(family)
@@ -128,5 +157,14 @@ def test_slots_grow_for_those_who_will_come_and_not_beyond():
     for num_rows, num_columns in ((1, 20), (2, 20), (3, 20), (5, 20), (6, 20), (4, 600), (5, 255)):
         cache.make_room(num_rows, num_columns)
         sizes.append((cache.num_slots, cache.num_columns))
-    # Longer rows than all slots have memory for: fewer slots, and the columns stay.
-    assert sizes == [(2, 256), (2, 256), (6, 256), (6, 256), (6, 256), (4, 768), (5, 256)]
+    # Longer rows than all slots have memory for: fewer slots, and no more columns than that memory holds.
+    assert sizes == [(2, 256), (2, 256), (6, 256), (6, 256), (6, 256), (4, 750), (5, 256)]
+
+
+def test_many_short_rows_hold_no_more_than_the_memory_there_is():
+    cache = SlotCache(2, max_slots=32, max_tokens=1600)
+    for num_rows in range(1, 33):
+        cache.make_room(num_rows, 44)
+        assert cache.num_slots >= num_rows
+        assert cache.num_columns > 44
+        assert cache.num_slots * cache.num_columns <= 1600

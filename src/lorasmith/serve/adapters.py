@@ -13,6 +13,7 @@ PEFT's own ``generate(adapter_names=...)`` gives the same answers. It enters eve
 takes longer than a token of a small model.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,14 +161,14 @@ class AdaptedRows:
     def _lay_side_by_side(self, wanted: Sequence[LoraWeights]) -> None:
         staying = [] if len(self._starts) >= MAX_SIDE_BY_SIDE else list(self._starts)
         adapters = list(dict.fromkeys([*staying, *wanted]))
-        self._starts = {}
-        for adapter in adapters:
-            self._starts[adapter] = sum(other.rank for other in self._starts)
+        self._starts = {}  # until all layers have them: if memory runs out half way, they are laid anew
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.layers):
             if path not in self._layers:
                 self._layers[path] = self._wrap(path)
         for path, layer in self._layers.items():
             layer.lay(path, adapters)
+        starts = itertools.accumulate((adapter.rank for adapter in adapters), initial=0)
+        self._starts = dict(zip(adapters, starts, strict=False))
 
     def _wrap(self, path: str) -> "_AdaptedLinear":
         layer = _AdaptedLinear(self._model.get_submodule(path), self)

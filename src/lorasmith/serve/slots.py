@@ -98,7 +98,9 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def make_room(self, num_rows: int, num_columns: int) -> None:
         """Make room for so many rows of so many tokens, the rows there are among them."""
-        num_columns = -(-(num_columns + 1) // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+        num_columns += 1  # the last one is nobody's
+        by_many = -(-num_columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+        num_columns = max(num_columns, min(by_many, self._max_tokens // num_rows))
         if num_rows <= self.num_slots and num_columns <= self.num_columns:
             return
         slots, columns = max(num_rows, self.num_slots), max(num_columns, self.num_columns)
