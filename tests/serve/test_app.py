@@ -267,6 +267,15 @@ def test_what_changes_nothing_is_let_through(client):
     assert ask(client, messages=parts).choices[0].message.content == plain
 
 
+def test_an_answer_may_be_sent_back_as_it_came(client):
+    reply = ask(client).choices[0].message
+    told = [
+        ask(client, messages=[*QUESTION, said, *QUESTION]).choices[0].message.content
+        for said in ({"role": "assistant", "content": reply.content}, reply, reply.model_dump())
+    ]
+    assert told == told[:1] * 3
+
+
 def post(url, content, path="/v1/chat/completions", **headers):
     return httpx2.post(
         url + path, content=content, headers={"Content-Type": "application/json", **headers}, timeout=30

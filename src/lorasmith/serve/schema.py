@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorasmith.data.example import Message
 from lorasmith.generation.sampling import SamplingSettings, parse_sampling
@@ -49,6 +49,14 @@ _NOTES = {
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, said: Any) -> Any:
+        """Take null for what is not said: clients send an answer back with all that it could have held."""
+        return (
+            {k: value for k, value in said.items() if value is not None} if isinstance(said, dict) else said
+        )
 
 
 class TextPart(_Value):
