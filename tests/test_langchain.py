@@ -176,6 +176,13 @@ def test_a_conversation_and_the_settings_of_one_call(tuned, chat):
     assert tuned.invoke(asked, max_tokens=9, temperature=1.5, seed=7, stop=["e"]).content == expected
 
 
+def test_a_lone_stop_string_of_one_call_is_one(tuned, chat):
+    text = chat.ask("gm", sampling=SamplingSettings(max_tokens=16)).text
+    pairs = [text[place : place + 2] for place in range(len(text) - 1)]
+    stop = next(pair for pair in pairs if text.index(pair) > min(map(text.index, pair)))
+    assert tuned.invoke("gm", stop=stop).content == text[: text.index(stop)]
+
+
 def test_the_trained_system_prompt_is_held_and_can_be_overridden(tuned, run):
     asked = [SystemMessage("Be rude."), HumanMessage("gm")]
     with pytest.raises(RecipeError, match=r"trained with the system prompt 'Be kind\.'"):
@@ -208,7 +215,7 @@ def test_a_servers_faults_are_told(served):
     served_model = ChatLorasmith(model="tiny", base_url=served, max_retries=0)
     with pytest.raises(EndpointError, match="refused with 404"):
         served_model.invoke("gm", model="nobody")
-    with pytest.raises(EndpointError, match="Is the server running"):
+    with pytest.raises(EndpointError, match=r"Connection error\. Is the server running"):
         ChatLorasmith(model="tiny", base_url="http://127.0.0.1:9/v1", max_retries=0).invoke("gm")
     with pytest.raises(SettingsError, match="custom_get_token_ids"):
         served_model.get_num_tokens("gm")
@@ -216,6 +223,21 @@ def test_a_servers_faults_are_told(served):
         served_model.chat  # noqa: B018
     with pytest.raises(SettingsError, match="there are json_schema, function_calling, json_mode"):
         served_model.with_structured_output({}, method="magic")
+
+
+def test_a_fault_in_the_middle_of_an_answer_is_told(talker_folder):
+    service = open_service(talker_folder, {})
+    tokens = iter(range(3))
+
+    def fail(*_):
+        if next(tokens, None) is None:
+            raise RuntimeError("out of memory")
+
+    service.models.model.register_forward_pre_hook(fail)
+    with serving(service) as url:
+        model = ChatLorasmith(model="tiny", base_url=f"{url}/v1")
+        with pytest.raises(EndpointError, match=r"did not finish its answer: .* computed: out of memory"):
+            model.invoke("gm")
 
 
 def test_an_answer_has_the_keys_of_its_schema_only(served):

@@ -196,7 +196,7 @@ class ChatLorasmith(BaseChatModel):
         """Return this model's settings with what one call says instead; takes those words out of ``call``."""
         own = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
         own |= {name: call.pop(name) for name in list(call) if name in own}
-        return parse_sampling(**own, stop=(self.stop or ()) if stop is None else tuple(stop))
+        return parse_sampling(**own, stop=self.stop if stop is None else stop)
 
     def _ask_chat(
         self, model: str, turns: Sequence[Message], sampling: SamplingSettings
@@ -321,5 +321,7 @@ def _explained(url: str | None) -> Iterator[None]:
         raise EndpointError(f"{url} refused with {fault.status_code}: {fault.message}") from fault
     except openai.APIConnectionError as fault:
         raise EndpointError(
-            f"{url} cannot be asked: {fault}. Is the server running, and is this its address?"
+            f"{url} cannot be asked: {fault.message.rstrip('.')}. Is the server running, and is this its address?"
         ) from fault
+    except openai.APIError as fault:  # told by the server in the middle of its answer
+        raise EndpointError(f"{url} did not finish its answer: {fault.message}") from fault
