@@ -13,6 +13,7 @@ from lorasmith.cli.serve import command
 from lorasmith.errors import AdapterError, RecipeError, SettingsError
 from lorasmith.generation.chat import Chat
 from lorasmith.model.found import find_run
+from lorasmith.serve import vllm
 from lorasmith.serve.settings import ServeSettings
 from lorasmith.serve.vllm import plan_vllm
 
@@ -31,7 +32,16 @@ def test_the_command_names_base_adapter_rank_and_address(words, trained_run):
     assert words[:3] == ("vllm", "serve", str(found.base.folder))
     assert value(words, "--lora-modules") == f"faq={found.adapter.resolve()}"
     assert value(words, "--max-lora-rank") == "16"
+    assert value(words, "--served-model-name") == found.base.folder.name
     assert (value(words, "--host"), value(words, "--port")) == ("127.0.0.1", "9000")
+
+
+def test_the_base_of_a_hub_is_called_as_our_own_server_calls_it(trained_run, monkeypatch):
+    found = find_run(trained_run)
+    base = replace(found.base, ref=replace(found.base.ref, id="people/small"))
+    monkeypatch.setattr(vllm, "find_adapted", lambda *_, **__: replace(found, base=base))
+    words = plan_vllm([("faq", trained_run)], ServeSettings()).words
+    assert value(words, "--served-model-name") == "people/small"
 
 
 def test_the_template_gives_the_trained_prompt_and_the_end_tokens_are_the_recipes(words, trained_run):

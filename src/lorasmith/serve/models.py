@@ -124,13 +124,13 @@ def open_models(
         if found.adapter is None and not others:  # it trained every weight, and is a base itself
             base, base_name, runs = str(folder), base_name or run_name, ()
         else:
-            base, base_name = str(found.base.folder), base_name or _short_name(found.base.ref.id)
+            base, base_name = str(found.base.folder), base_name or short_name(found.base.ref.id)
     bare = find_model(base, recipe=recipe, tell=tell)
     if bare.adapter is not None:
         raise BaseModelError(f"{base} is an adapter, not a base model. Serve it with --run {base}.")
     model = bare.load(choose_device(device, dtype))
     assert isinstance(model, PreTrainedModel)
-    name = base_name or _short_name(bare.base.ref.id)
+    name = base_name or short_name(bare.base.ref.id)
     chat = Chat(model, bare.tokenizer, bare.recipe, name=name, notes=bare.notes, found=bare)
     served = ServedModels(
         ServedModel(name, None, str(bare.base.folder), chat, None, int(time.time())),
@@ -143,7 +143,8 @@ def open_models(
     return served
 
 
-def _short_name(id: str) -> str:
+def short_name(id: str) -> str:
+    """Return what a base is called in requests where nobody says: a Hub id as it is, a folder by its last part."""
     return Path(id).name if Path(id).is_absolute() else id
 
 

@@ -17,6 +17,7 @@ from lorasmith.export.chat_template import chat_template
 from lorasmith.files import whole_folder
 from lorasmith.model.adapter_folder import read_adapter_config
 from lorasmith.model.found import FoundModel, Tell, find_adapted, find_model, say_nothing
+from lorasmith.serve.models import short_name
 from lorasmith.serve.settings import ServeSettings
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,7 +56,7 @@ def plan_vllm(
     folder = _write_files(first)
     words = [
         *("vllm", "serve", first.base.portable_name),
-        *("--served-model-name", base_name or Path(first.base.ref.id).name),
+        *("--served-model-name", base_name or short_name(first.base.ref.id)),
         *("--host", settings.host, "--port", str(settings.port)),
         *("--chat-template", str(folder / "chat_template.jinja")),
         *("--generation-config", str(folder)),
