@@ -188,6 +188,17 @@ def test_progress_comes_from_the_folder(places):
         draw_curves(places, ["faq"] * 7)
 
 
+def test_a_run_that_failed_after_a_checkpoint_says_why(places):
+    shutil.copytree(places.runs / "faq", places.runs / "struck")
+    record = json.loads((places.runs / "struck" / "run.json").read_text())
+    (places.runs / "struck" / "run.json").write_text(json.dumps({**record, "result": None}))
+    (places.runs / "struck" / "checkpoints" / "step-3").mkdir(parents=True)
+    (places.runs / "struck" / "train.log").write_text("Error: no room on the disk\n")
+    progress = read_progress(places, "struck")
+    assert progress.state == "stopped"
+    assert "no room on the disk" in train.show(progress)
+
+
 def test_a_job_that_failed_says_so_and_why(places):
     (places.run("faq") / "merge.log").write_text("Merging ...\nMerged model: here\n")
     (places.run("faq") / "export.log").write_text("Error: no room on\nthe disk\n")

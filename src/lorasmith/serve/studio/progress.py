@@ -12,7 +12,6 @@ from lorasmith.serve.studio.places import Places
 from lorasmith.training.reporters import read_metrics, read_samples
 
 State = Literal["preparing", "training", "reporting", "finished", "stopped", "failed"]
-RUNNING: tuple[State, ...] = ("preparing", "training", "reporting")
 _STEPS_AVERAGED = 20
 
 

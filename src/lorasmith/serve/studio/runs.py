@@ -36,7 +36,7 @@ def build_runs(places: Places, service: Service) -> tuple[list[Any], Refresh]:
     overlaid = gr.CheckboxGroup(
         [],
         label="Curves",
-        info=f"Training loss of up to {MAX_CURVES} runs: how far each was from the answers of its data.",
+        info=f"Training loss of up to {MAX_CURVES} runs. Of answers, texts, pairs and labels it measures other things.",
         elem_id="runs-curves",
     )
     curves = gr.HTML(elem_id="runs-chart")

@@ -21,7 +21,7 @@ from lorasmith.serve.studio.data import RECIPES, check_base
 from lorasmith.serve.studio.form import ReadSettings, fields_of, make_choice, make_input, read_form
 from lorasmith.serve.studio.pieces import fault, figures, log, note, table
 from lorasmith.serve.studio.places import Places
-from lorasmith.serve.studio.progress import RUNNING, Progress, list_names, read_progress
+from lorasmith.serve.studio.progress import Progress, list_names, read_progress
 from lorasmith.training.estimate import in_words
 from lorasmith.training.reporters import running_mean
 
@@ -239,7 +239,7 @@ def show(progress: Progress) -> str:
             (sample["step"], sample["question"], sample["answer"]) for sample in reversed(progress.samples)
         ]
         parts.append(table(("step", "question", "answer"), rows, caption="What it answers while it learns"))
-    if progress.state in RUNNING or progress.state == "failed":
+    if progress.state != "finished":
         parts.append(log(progress.log, label="What the process says"))
     return Markup("").join(parts)
 
