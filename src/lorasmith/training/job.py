@@ -248,8 +248,9 @@ def prepare_job(
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
             count = num_rows(dataset)
-            asked = tokens_to_ask(gain, count, training, objective, forward, has_reference=True)
-            left = in_steps(tokens_to_compute(gain, count, training, forward), asked) * fit.seconds_per_token
+            num_asked = tokens_to_ask(gain, count, training, objective, forward, has_reference=True)
+            num_tokens = tokens_to_compute(gain, count, training, forward)
+            left = in_steps(num_tokens, num_asked) * fit.seconds_per_token
             by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
             say(
                 f"Time: about {in_words(left / team.count)}, "
