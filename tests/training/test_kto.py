@@ -248,7 +248,11 @@ def test_both_answers_of_a_pair_are_held_out_or_neither(tmp_path, tiny_base_fold
         assert job.validation is not None
         assert job.validation.is_rejected.tolist() == [False, True] * (len(job.validation) // 2)
         assert len(job.validation) == max(2, round(24 * float(share)))
-        held_out, kept = ({row.where for row in rows} for rows in (job.validation, job.dataset))
+        held_out, kept = (
+            {row.input_ids[: np.argmax(row.labels >= 0)].tobytes() for row in rows}
+            for rows in (job.validation, job.dataset)
+        )
+        assert len(held_out) + len(kept) == 12
         assert not held_out & kept
 
 
