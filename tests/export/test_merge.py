@@ -386,3 +386,18 @@ def test_an_adapter_without_effect_is_refused(tmp_path, tiny_base_folder):
     with pytest.raises(AdapterError, match="has no effect"):
         merge(tmp_path / "adapter", tmp_path / "merged", prompts=QUESTIONS)
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_has_learnt_next_to_nothing_is_said_to_be_so(
+    tmp_path, tiny_base_folder, tiny_tokenizer
+):
+    run_dir = make_run(tmp_path / "faq", tiny_base_folder, tiny_tokenizer)
+    weights = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    small = {key: tensor * 1e-3 for key, tensor in weights.items()}
+    save_file(small, run_dir / "adapter" / "adapter_model.safetensors")
+    (run_dir / "adapter" / "SHA256SUMS").unlink()
+    with pytest.raises(
+        MergeError, match=r"moves no logit by more than .* cannot be told.* learnt next to nothing"
+    ):
+        merge(run_dir, tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists()

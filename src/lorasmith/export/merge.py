@@ -140,7 +140,7 @@ def merge(
         )
         if faults := proof.faults():
             raise MergeError(
-                f"The merged model parts from base + adapter, so it was not kept: {'; '.join(faults)}."
+                f"The merged model is not proven to be base + adapter, so it was not kept: {'; '.join(faults)}."
                 + ("" if coarsest is torch.float32 else " Merge with --dtype float32.")
             )
         _write_json(part / "merge_proof.json", proof.to_json())

@@ -85,7 +85,13 @@ class MergeProof:
                 f"logits part by {self.max_logit_difference:.3g}, {self.of_range:.2%} of their range "
                 f"(at most {t.of_range:.2%} is rounding)"
             )
-        if not self.of_effect <= t.of_effect:
+        if self.of_effect > t.of_effect and self.of_range <= t.of_range / 10:
+            faults.append(
+                f"the adapter moves no logit by more than {self.adapter_effect:.2g}, and rounding moves them by "
+                f"{self.max_logit_difference:.2g}: whether it was folded in right cannot be told. It has learnt next "
+                "to nothing: train longer, or at a higher training.learning_rate"
+            )
+        elif not self.of_effect <= t.of_effect:
             faults.append(
                 f"logits part by {self.of_effect:.1%} of what the adapter changes "
                 f"(at most {t.of_effect:.1%} is rounding)"
