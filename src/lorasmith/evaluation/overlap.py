@@ -31,6 +31,8 @@ def find_leaks(rows: Sequence[EvaluationRow], training: Iterable[Example]) -> di
     The same question is the same words in the same order; capitals, punctuation and white space do not matter. In a
     plain text its last turn is looked for, if it has four words or more.
     """
+    if not rows:  # the training data may be large
+        return {}
     keys = [_question_key(row.asked) for row in rows]
     wanted = set(keys)
     in_texts = {
