@@ -40,7 +40,7 @@ from lorasmith.training.checkpoint import (
 from lorasmith.training.distributed import ALONE, Team
 from lorasmith.training.fit import Fit, does_not_fit, has_room_for, longest_input
 from lorasmith.training.method_steps import after_step, group_parameters, penalty
-from lorasmith.training.objective import NEXT_TOKEN, Ask, Objective
+from lorasmith.training.objective import NEXT_TOKEN, Ask, Objective, ask_packs
 from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
@@ -281,12 +281,9 @@ def _asking(
     @torch.no_grad()
     def ask(examples: Sequence[TokenizedExample]) -> np.ndarray:
         model.eval()
-        found = np.zeros(len(examples))
-        packs = _pack(examples, range(len(examples)), settings, forward, fit, team)
-        for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
-            log_probs = weight * forward.log_probs(packs[place], None)
-            found[list(packs[place].examples)] += log_probs.double().cpu().numpy()
-        return np.array(team.total(*found))
+        indices = range(len(examples))
+        packs = _pack(examples, indices, settings, forward, fit, team)
+        return ask_packs(forward, packs, indices, None, team)
 
     return ask
 

@@ -9,9 +9,24 @@ import torch
 from lorasmith.data.tokens import TokenizedExample
 from lorasmith.engine.forward import PackForward
 from lorasmith.packing.trie import Pack
+from lorasmith.training.distributed import Team
 
 # Log probabilities of the learnt tokens of each example, float64 [N], as the model is now and without gradient.
 Ask = Callable[[Sequence[TokenizedExample]], np.ndarray]
+
+
+def ask_packs(
+    forward: PackForward, packs: Sequence[Pack], indices: range, name: str | None, team: Team
+) -> np.ndarray:
+    """Return the log probabilities, float64 [N], of the examples at ``indices``, which are in ``packs``.
+
+    The processes of the ``team`` share the packs; all of it call this.
+    """
+    found = np.zeros(len(indices))
+    for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
+        log_probs = weight * forward.log_probs(packs[place], name)
+        found[np.array(packs[place].examples) - indices.start] += log_probs.double().cpu().numpy()
+    return np.array(team.total(*found))
 
 
 class Objective(Protocol):

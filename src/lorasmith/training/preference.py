@@ -32,7 +32,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.model.method_settings import FullSettings, MethodSettings
 from lorasmith.packing.trie import Pack, pack_examples
 from lorasmith.training.distributed import ALONE, Team
-from lorasmith.training.objective import Objective
+from lorasmith.training.objective import Objective, ask_packs
 from lorasmith.training.settings import ObjectiveSettings
 
 _CACHE_VERSION = 1
@@ -153,7 +153,7 @@ def reference_log_probs(
     if not team.any(found is None):  # all compute or none: the passes over a sharded base are made together
         assert found is not None, "no process lacks it"
         return found["log_probs"]
-    log_probs = np.zeros(len(dataset))
+    log_probs = np.zeros(len(dataset), np.float32)
     # A method that starts inside the base's weights, and one that trains them, is the base before the first step.
     is_base = isinstance(method, FullSettings) or method.changes_base
     adapter_off = model.disable_adapter() if isinstance(model, PeftModel) and not is_base else None
@@ -169,13 +169,10 @@ def reference_log_probs(
                 share_prefixes=forward.share_prefixes,
                 cost=forward.cost,
             )
-            for place, weight in team.share(packs, forward.cost, evenly=forward.is_sharded):
-                found = weight * forward.log_probs(packs[place], name)
-                log_probs[list(packs[place].examples)] += found.double().cpu().numpy()
-            log_probs[low : indices.stop] = team.total(*log_probs[low : indices.stop])
+            log_probs[low : indices.stop] = ask_packs(forward, packs, indices, name, team)
             on_progress(indices.stop / len(dataset))
-    write_arrays(path, {"log_probs": log_probs.astype(np.float32)})
-    return log_probs.astype(np.float32)
+    write_arrays(path, {"log_probs": log_probs})
+    return log_probs
 
 
 def _key(base_key: str, dataset: Sequence[TokenizedExample]) -> str:
