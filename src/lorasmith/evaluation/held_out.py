@@ -54,7 +54,7 @@ class TrainingData:
 
     def __init__(self, run_dir: Path, record: RunRecord) -> None:
         self._data = DataSettings.model_validate(record.settings["data"])
-        self._kind: RowKind = record.data.get("kind", "answers")
+        self._kind: RowKind = record.row_kind
         self._training = TrainingSettings.model_validate(record.settings["training"])
         self._source: Source | None = None
         self.note: str | None = None
@@ -167,7 +167,7 @@ def choose_questions(
         found = [
             (name, "held-out file", read_evaluation_rows(locate(name, run_dir))) for name in settings.data
         ]
-    elif validation and record.data.get("kind") != "documents":
+    elif validation and record.row_kind != "documents":
         found = [(validation, "validation file", read_evaluation_rows(locate(validation, run_dir)))]
     elif share:
         found = [(record.data["source"], "validation share", share)]

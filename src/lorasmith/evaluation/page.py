@@ -59,7 +59,7 @@ def render_page(report: Report) -> str:
         "number": _number,
     }
     if held_out is not None:
-        page |= _held_out_part(held_out, is_of_texts=report.record.data.get("kind") == "documents")
+        page |= _held_out_part(held_out, is_of_texts=report.record.row_kind == "documents")
     return _environment().get_template("page.jinja").render(page)
 
 
@@ -229,8 +229,8 @@ def _charts(report: Report) -> dict[str, Any]:
         validation = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
         if validation:
             lines.append(Line("validation", "mark", validation))
-        kind = report.record.data.get("kind", "answers")
-        charts["loss"] = draw_lines(lines, x_label="step", y_label=f"Loss: {_LOSS_SAYS[kind]}")
+        says = _LOSS_SAYS[report.record.row_kind]
+        charts["loss"] = draw_lines(lines, x_label="step", y_label=f"Loss: {says}")
         speeds = [(m["step"], m["tokens_per_second"]) for m in metrics]
         charts["speed"] = draw_lines(
             [Line("speed", "tuned", speeds)], x_label="step", y_label="Tokens a second"

@@ -169,7 +169,7 @@ def make_report(
     tokenizer = tuned.chat.tokenizer
     sets = choose_questions(run_dir, record, training, settings, tuned.chat.recipe, tokenizer)
     rows = [row for question_set in sets for row in question_set.rows]
-    is_of_texts = record.data.get("kind") == "documents"
+    is_of_texts = record.row_kind == "documents"
     trained_rows = (
         []  # texts are no questions
         if is_of_texts

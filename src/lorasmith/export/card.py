@@ -81,7 +81,7 @@ def make_card(
     recipe = record.recipe.get("name", "unknown")
     how = (
         f"It was trained with the prompt recipe `{recipe}`{stop}; asked in another form it answers\nworse."
-        if record.data.get("kind") != "documents"
+        if record.row_kind != "documents"
         else f"It was trained on plain texts, without a template, and is asked by the prompt recipe `{recipe}`{stop}."
     )
     measured = _measured(report) if report else f"## What is not known\n\n{NOT_MEASURED}"

@@ -229,7 +229,7 @@ def _stage_data(record: RunRecord, folder: Path) -> list[str]:
         raise HubError(
             f"The training data of {record.name} ({train}) are not on this machine: nothing to push."
         )
-    source = open_source(train, kind=record.data.get("kind", "answers"))
+    source = open_source(train, kind=record.row_kind)
     if source.fingerprint() != record.data.get("fingerprint"):
         raise HubError(
             f"The training data in {train} have changed since the run {record.name} was trained on them."
@@ -261,7 +261,7 @@ def _look_through(folder: Path, record: RunRecord) -> Iterator[Finding]:
             yield from find_in_text(path.read_text("utf-8", errors="replace"), path.name)
     train = record.settings.get("data", {}).get("train")
     if train and Path(train).exists():
-        yield from find_in_data(train, record.data.get("kind", "answers"))
+        yield from find_in_data(train, record.row_kind)
 
 
 def _check_taken(place: str, is_private: bool, old: set[str], is_public: bool, overwrite: bool) -> None:

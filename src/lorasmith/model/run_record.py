@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lorasmith.data.settings import RowKind
 from lorasmith.errors import RunError
 from lorasmith.files import is_locked, write_whole
 from lorasmith.model.base import BaseRef
@@ -54,6 +55,11 @@ class RunRecord(BaseModel):
     result: dict[str, Any] | None = Field(
         default=None, description="final_loss, steps, seconds, ...; none: unfinished"
     )
+
+    @property
+    def row_kind(self) -> RowKind:
+        """What a row of the data is; runs that are older do not say it, and learnt answers."""
+        return self.data.get("kind", "answers")
 
 
 def write_run_record(run_dir: Path, record: RunRecord) -> None:

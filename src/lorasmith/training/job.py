@@ -458,7 +458,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
     finally:
         metrics.close()
         trackers.close()
-        draw_loss(job.run_dir, record.data.get("kind", "answers"))
+        draw_loss(job.run_dir, record.row_kind)
     if report is None or report.step == report.num_steps:
         _finish(job, record, time.monotonic() - started, peak.during)
     job.team.wait()

@@ -28,6 +28,7 @@ from lorasmith.errors import DataError, SettingsError
 from lorasmith.model.method_settings import FullSettings, MethodSettings
 from lorasmith.packing.trie import Pack
 from lorasmith.training.objective import Ask, Objective
+from lorasmith.training.schedule import group_by_question
 from lorasmith.training.settings import ObjectiveSettings, TrainingSettings
 
 
@@ -104,8 +105,7 @@ def places_of_others(rows: Sequence[TokenizedExample]) -> list[int]:
         questions a a b b    ->   2 3 0 1
         questions a b c d    ->   3 0 1 2
     """
-    numbers: dict[bytes, int] = {}
-    questions = [numbers.setdefault(row.input_ids[: _start(row)].tobytes(), len(numbers)) for row in rows]
+    questions = group_by_question(rows)
     order = sorted(range(len(rows)), key=questions.__getitem__)  # those of one question side by side
     most = max(np.bincount(questions))  # moved on by so many places, none meets its own
     found = [0] * len(rows)
