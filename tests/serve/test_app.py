@@ -253,6 +253,24 @@ def test_what_cannot_be_done_is_refused_by_name(client, options, message):
     assert told.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 3),
+        ("top_p", 0),
+        ("seed", -1),
+        ("max_tokens", 0),
+        ("max_tokens", 99_999),
+        ("max_completion_tokens", 0),
+        ("max_completion_tokens", 99_999),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_name_beside_it(client, name, value):
+    with pytest.raises(openai.BadRequestError) as told:
+        client.chat.completions.create(model="tiny", messages=QUESTION, **{name: value})
+    assert told.value.param == name
+
+
 def test_what_changes_nothing_is_let_through(client):
     plain = ask(client).choices[0].message.content
     neutral = {"frequency_penalty": 0, "user": "me", "tools": [], "logit_bias": {}, "tool_choice": "auto"}

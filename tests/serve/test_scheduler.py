@@ -79,7 +79,9 @@ def test_a_full_queue_says_when_to_come_again(models, start):
     scheduler.submit([make_row(models.base) for _ in range(2)])
     wait_until(lambda: scheduler.num_waiting == 0)
     scheduler.submit([make_row(models.base) for _ in range(2)])
-    with pytest.raises(BusyError, match="2 requests are waiting, as many as this server lets wait") as busy:
+    with pytest.raises(
+        BusyError, match="2 answers are waiting and 2 more are asked for; this server lets 3 wait"
+    ) as busy:
         scheduler.submit([make_row(models.base) for _ in range(2)])
     assert busy.value.retry_seconds >= 1
     scheduler.submit([make_row(models.base)])  # all of a request or none: one more does fit

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from urllib.parse import urlsplit
 
 import httpx2
@@ -119,6 +120,23 @@ def test_a_client_that_leaves_while_it_asks_is_no_fault_of_ours(tiny_base_folder
             time.sleep(0.01)
     assert 'lorasmith_requests_total{model="",status="499"} 1.0' in page
     assert 'status="500"' not in page
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_defect_inside_a_reply_is_counted_once_as_ours(tiny_base_folder, monkeypatch, caplog, stream):
+    monkeypatch.setattr("lorasmith.serve.replies.ChatReply.add", lambda *_: 1 / 0)
+    caplog.set_level("INFO", "lorasmith.serve")
+    service = open_service(tiny_base_folder, {})
+    with serving(service) as url:
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": 4, "stream": stream}
+        with pytest.raises(httpx2.RemoteProtocolError) if stream else nullcontext():
+            reply = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+        page = httpx2.get(f"{url}/metrics").text
+    assert [line for line in page.splitlines() if line.startswith("lorasmith_requests_total{")] == [
+        'lorasmith_requests_total{model="tiny",status="500"} 1.0'
+    ]
+    assert [record.fields["status"] for record in caplog.records if record.msg == "request"] == [500]
 
 
 def test_warming_up_asks_no_more_than_may_wait(tiny_base_folder, adapters):

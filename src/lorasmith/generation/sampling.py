@@ -42,8 +42,16 @@ class SamplingSettings(BaseModel):
         return self.temperature == 0
 
 
+class SamplingError(SettingsError):
+    """Raised for wrong sampling settings; ``names`` are theirs."""
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 def parse_sampling(**values: object) -> SamplingSettings:
-    """Return the settings, or raise SettingsError that names every wrong value in words.
+    """Return the settings, or raise SamplingError that names every wrong value in words.
 
     A value of None means "not given" and keeps the default.
     """
@@ -51,8 +59,12 @@ def parse_sampling(**values: object) -> SamplingSettings:
     try:
         return SamplingSettings.model_validate(given)
     except ValidationError as error:
-        faults = [_describe_fault(fault) for fault in error.errors(include_url=False)]
-        raise SettingsError("The sampling settings are wrong:\n  " + "\n  ".join(faults)) from error
+        wrong = error.errors(include_url=False)
+        faults = [_describe_fault(fault) for fault in wrong]
+        raise SamplingError(
+            "The sampling settings are wrong:\n  " + "\n  ".join(faults),
+            tuple(str(fault["loc"][0]) for fault in wrong),
+        ) from error
 
 
 def _describe_fault(fault: ErrorDetails) -> str:

@@ -190,7 +190,7 @@ async def _answer(request: Request, service: Service, reply: Reply, prompts: lis
         num_top=asked.num_top,
         schema=asked.response_format.schema_of_answer(),
     )
-    done = _Record(service, reply, answering)
+    done = _Record(request, service, reply, answering)
     if asked.stream:
         return StreamingResponse(_stream(reply, answering, done), media_type="text/event-stream")
     with done:
@@ -253,8 +253,8 @@ def _event(value: dict[str, Any]) -> str:
 class _Record:
     """Around one request: cancels what is unfinished at its end, counts it, and writes its line into the log."""
 
-    def __init__(self, service: Service, reply: Reply, answering: Answering) -> None:
-        self._service, self._reply, self._answering = service, reply, answering
+    def __init__(self, request: Request, service: Service, reply: Reply, answering: Answering) -> None:
+        self._request, self._service, self._reply, self._answering = request, service, reply, answering
         self.status = 200
 
     def __enter__(self) -> "_Record":
@@ -263,7 +263,10 @@ class _Record:
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: object) -> None:
         service, reply, answering = self._service, self._reply, self._answering
         service.cancel(answering)
-        if fault is not None:
+        if isinstance(fault, Exception):  # a defect of ours: that a client left is told by no Exception
+            self.status = 500
+            self._request.state.is_counted = True
+        elif fault is not None:
             self.status = CLIENT_LEFT
         seconds = time.monotonic() - answering.started
         first = answering.first_part and answering.first_part - answering.started
@@ -317,6 +320,7 @@ async def _answer_defect(request: Request, fault: Exception) -> Response:
     told = RequestError(
         "The server failed on this request; its log says where.", status=500, type="server_error"
     )
-    service: Service = request.app.state.service
-    service.metrics.note_request("", told.status)
+    if not getattr(request.state, "is_counted", False):  # by _Record, which knows the model
+        service: Service = request.app.state.service
+        service.metrics.note_request("", told.status)
     return JSONResponse(error_body(told), status_code=told.status)

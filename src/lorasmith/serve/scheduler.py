@@ -22,11 +22,11 @@ logger = logging.getLogger("lorasmith.serve")
 class BusyError(LorasmithError):
     """Raised when the queue is full; ``retry_seconds`` is how long a place is likely to take."""
 
-    def __init__(self, num_waiting: int, retry_seconds: int) -> None:
+    def __init__(self, num_waiting: int, num_asked: int, max_waiting: int, retry_seconds: int) -> None:
         self.retry_seconds = retry_seconds
         super().__init__(
-            f"{num_waiting} requests are waiting, as many as this server lets wait. Try again in about "
-            f"{retry_seconds} s."
+            f"{num_waiting} answers are waiting and {num_asked} more are asked for; this server lets {max_waiting} "
+            f"wait. Try again in about {retry_seconds} s."
         )
 
 
@@ -74,7 +74,8 @@ class Scheduler:
                 raise StoppedError("The server is going down. Ask another one, or try again later.")
             if self.num_waiting + len(rows) > self._max_waiting:
                 rounds = (self.num_waiting + self._max_rows) / self._max_rows
-                raise BusyError(self.num_waiting, max(1, round(rounds * self._row_seconds)))
+                seconds = max(1, round(rounds * self._row_seconds))
+                raise BusyError(self.num_waiting, len(rows), self._max_waiting, seconds)
             for row in rows:
                 self._waiting.setdefault(row.adapter, deque()).append(row)
             self._wake.notify()

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorasmith.data.example import Message
-from lorasmith.generation.sampling import SamplingSettings, parse_sampling
+from lorasmith.generation.sampling import SamplingError, SamplingSettings, parse_sampling
 from lorasmith.serve.batch import Token
 from lorasmith.serve.faults import RequestError
 from lorasmith.serve.models import ServedModel
@@ -128,6 +128,11 @@ class Request(_Value):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """How many tokens an answer may have, behind the name by which the request says so."""
+        return "max_tokens", self.max_tokens
+
     def sampling(self, *, max_answer_tokens: int) -> SamplingSettings:
         """Return the settings that ``lorasmith ask`` would use; what is not said has its default there."""
         if isinstance(self.stop, tuple) and len(self.stop) > MAX_STOPS:
@@ -135,18 +140,23 @@ class Request(_Value):
                 f"There are {len(self.stop)} stop strings; this server looks for at most {MAX_STOPS}.",
                 param="stop",
             )
-        sampling = parse_sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=self.stop,
-            max_tokens=self.max_tokens,
-        )
+        limit_name, limit = self.limit
+        try:
+            sampling = parse_sampling(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                stop=self.stop,
+                max_tokens=limit,
+            )
+        except SamplingError as fault:
+            name = fault.names[0]
+            raise RequestError(str(fault), param=limit_name if name == "max_tokens" else name) from fault
         if sampling.max_tokens > max_answer_tokens:
-            if self.max_tokens is not None:
+            if limit is not None:
                 raise RequestError(
-                    f"max_tokens is {sampling.max_tokens}; this server writes at most {max_answer_tokens}.",
-                    param="max_tokens",
+                    f"{limit_name} is {limit}; this server writes at most {max_answer_tokens}.",
+                    param=limit_name,
                 )
             sampling = sampling.model_copy(update={"max_tokens": max_answer_tokens})
         return sampling
@@ -166,13 +176,10 @@ class ChatRequest(Request):
             raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def sampling(self, *, max_answer_tokens: int) -> SamplingSettings:
-        if self.max_completion_tokens is None:
-            return super().sampling(max_answer_tokens=max_answer_tokens)
-        renamed = self.model_copy(
-            update={"max_tokens": self.max_completion_tokens, "max_completion_tokens": None}
-        )
-        return renamed.sampling(max_answer_tokens=max_answer_tokens)
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        given = self.max_completion_tokens
+        return super().limit if given is None else ("max_completion_tokens", given)
 
 
 class CompletionRequest(Request):
