@@ -11,6 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from lorasmith.cli import main
+from lorasmith.cli.launch import _extras
+from lorasmith.cli.run_file import load_run_file
 from lorasmith.cloud.records import read_records
 from lorasmith.errors import CloudError, LorasmithError, RunError, SettingsError
 
@@ -196,6 +198,14 @@ def test_what_cannot_be_is_said_before_anything_is_rented(launch, words, sky, mo
         launch(*words, *gpu, *more, "--yes")
     asked = sky.asked if (sky.folder / "asked.jsonl").exists() else []
     assert "launch" not in [verb for verb, _ in asked]
+
+
+def test_parquet_is_found_wherever_in_a_folder_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows" / "may").mkdir(parents=True)
+    (tmp_path / "rows" / "may" / "1.PARQUET").touch()
+    for source, extras in (("~/rows", ["parquet"]), ("team/rows", ["hub-data"])):
+        assert _extras(load_run_file(None, [f"data.train={source}"], {}), serve=False) == extras
 
 
 def test_clouds_without_such_machines_are_named(launch, words, sky):

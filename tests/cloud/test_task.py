@@ -93,6 +93,19 @@ def test_names_that_are_no_files_stay(tmp_path, monkeypatch):
     assert found["prompt"]["recipe"] == "text"
 
 
+def test_files_of_one_name_go_along_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for team in ("sales", "support", "text"):
+        (tmp_path / team / "more").mkdir(parents=True)
+        (tmp_path / team / "rows.json").write_text(f'["{team}"]')
+        (tmp_path / team / "more" / "rows.json").write_text(f'["more of {team}"]')
+    sources = '["sales/rows.json", "support/rows.json", "sales/more", "support/more"]'
+    found = fill(tmp_path / "workdir", "data.train=text", f"report.data={sources}")
+    files = [tmp_path / "workdir" / name for name in (*found["report"]["data"], found["data"]["train"])]
+    told = [(path / "rows.json" if path.is_dir() else path).read_text() for path in files]
+    assert told == ['["sales"]', '["support"]', '["more of sales"]', '["more of support"]', '["text"]']
+
+
 def test_what_is_right_only_here_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"data.train is /gone/rows.json, which is not on this machine"):
         fill(tmp_path / "one", "data.train=/gone/rows.json")

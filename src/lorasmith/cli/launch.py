@@ -265,13 +265,13 @@ def _secrets(named: Sequence[str], serve: bool) -> tuple[str, ...]:
 def _extras(run_file: RunFile, serve: bool) -> list[str]:
     """Return the extras of lorasmith that the run needs there."""
     sources = [run_file.data.train, run_file.data.validation, *run_file.report.data]
-    sources = [path for path in sources if path is not None]
+    sources = [Path(path).expanduser() for path in sources if path is not None]
     found = [*run_file.run.trackers, *(["serve"] if serve else [])]
     if run_file.base.quantization != "none":
         found.append("quantized")
-    if any(not Path(source).exists() for source in sources):
+    if any(not source.exists() for source in sources):
         found.append("hub-data")
-    if any(source.endswith(".parquet") or any(Path(source).glob("*.parquet")) for source in sources):
+    if any(path.suffix.lower() == ".parquet" for source in sources for path in (source, *source.rglob("*"))):
         found.append("parquet")
     return found
 

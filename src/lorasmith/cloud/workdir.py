@@ -19,13 +19,8 @@ _PATHS = (
     ("prompt", "recipe"),
     ("report", "data"),
 )
-_WORDS = {
-    "auto",
-    "alpaca",
-    "chat",
-    "text",
-    "smollm2-135m",
-}  # mean what they say, whatever files of that name there are
+# Settings' words that mean what they say, whatever files of that name there are.
+_WORDS = {"base.model": ("smollm2-135m",), "prompt.recipe": ("auto", "alpaca", "chat", "text")}
 # Where things are on this machine says nothing about the rented one.
 _HERE_ONLY = (("run", "root"), ("run", "name"), ("data", "cache_dir"))
 
@@ -82,7 +77,7 @@ def _square(extras: Iterable[str]) -> str:
 def _upload(folder: Path, value: str, setting: str) -> str:
     """Copy the file or folder that ``value`` names and return its name there; other values stay as they are."""
     source = Path(value).expanduser()
-    if value in _WORDS:
+    if value in _WORDS.get(setting, ()):
         return value
     if not source.exists():
         if source.is_absolute():
@@ -90,11 +85,14 @@ def _upload(folder: Path, value: str, setting: str) -> str:
                 f"{setting} is {value}, which is not on this machine, so it cannot be uploaded."
             )
         return value  # a Hub id
-    name = f"{setting}/{source.resolve().name}"
-    target = folder / name
+    target = folder / setting / source.resolve().name
+    number = 1
+    while target.exists():  # of several in a list, two may have one name
+        number += 1
+        target = folder / f"{setting}-{number}" / target.name
     target.parent.mkdir(exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target)
     else:
         shutil.copyfile(source, target)
-    return name
+    return target.relative_to(folder).as_posix()
