@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import lorasmith as lorasmith_package
 from lorasmith.cli import main
+from lorasmith.cli.train import _again
 from lorasmith.errors import LorasmithError, SettingsError
 from lorasmith.training.reporters import note_samples, read_samples
 
@@ -281,6 +282,14 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder,
     assert f"Going on from step {done}" in resumed.stdout
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 301))
+
+
+def test_how_to_go_on_names_as_many_processes(monkeypatch):
+    assert _again(["train", "run.yaml"]) == "lorasmith train run.yaml"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _again(["train", "run.yaml"]) == "lorasmith train run.yaml --processes 2"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert _again(["train", "run.yaml"]) == "the same torchrun command"
 
 
 def test_under_torchrun_no_more_processes_are_started(lorasmith, monkeypatch, tiny_base_folder, rows):

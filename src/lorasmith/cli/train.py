@@ -108,11 +108,16 @@ def command(
     if processes > 1:
         sys.exit(_start(processes, words))
     if not _train_in_team(run_file, run_dir):
-        console.print(
-            f"Stopped and saved. Go on with: [bold]{escape(shlex.join(['lorasmith', *words]))}[/]",
-            soft_wrap=True,
-        )
+        console.print(f"Stopped and saved. Go on with: [bold]{escape(_again(words))}[/]", soft_wrap=True)
         sys.exit(EXIT_STOPPED)
+
+
+def _again(words: list[str]) -> str:
+    """Return what goes on with a stopped run, by as many processes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "the same torchrun command"
+    count = os.environ.get("WORLD_SIZE", "1")
+    return shlex.join(["lorasmith", *words, *(["--processes", count] if count != "1" else [])])
 
 
 def _start(processes: int, words: list[str]) -> int:
