@@ -1,17 +1,23 @@
 """GGUF: real llama.cpp and transformers open what is written, and answer as the merged model does."""
 
+import copy
+import dataclasses
 import json
+import re
 
+import jinja2
 import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from lorasmith.cli.export import command
 from lorasmith.data.example import Message
-from lorasmith.data.prompts import choose_recipe
+from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import PromptSettings
-from lorasmith.errors import ExportError
+from lorasmith.errors import ExportError, SettingsError
+from lorasmith.export.chat_template import chat_template, count_equal_prompts
 from lorasmith.export.gguf import pre_tokenizer_name, write_model
 from lorasmith.export.llama_cpp import answer_with_llama_cpp
 from lorasmith.export.merge import merge
@@ -141,6 +147,13 @@ def test_an_answer_that_parts_is_refused_and_leaves_nothing(tmp_path, run, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faq"]
 
 
+def test_what_llama_cpp_does_not_open_is_said_without_a_traceback(tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "x.gguf").write_text("no model")
+    with pytest.raises(ExportError, match=r"llama\.cpp does not open x\.gguf: .*llama-cli -m FILE"):
+        answer_with_llama_cpp(tmp_path / "x.gguf", [[1, 2]])
+
+
 def test_other_architectures_and_quantisations_are_refused_by_name(tmp_path, run, tiny_tokenizer):
     qwen = make_base(tmp_path / "qwen", tiny_tokenizer, "qwen")
     with pytest.raises(ExportError, match="is a qwen2 model"):
@@ -153,6 +166,11 @@ def test_other_architectures_and_quantisations_are_refused_by_name(tmp_path, run
     with pytest.raises(ExportError, match="it is a whole model"):
         export(tmp_path / "merged", tmp_path / "out", adapter_only=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantisation_of_the_adapter_alone_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="--adapter-only writes the adapter in float32"):
+        command("faq", to="gguf", out=tmp_path / "out", quant=["q8_0"], adapter_only=True)
 
 
 def test_a_taken_folder_is_spared(tmp_path, run):
@@ -225,6 +243,157 @@ def test_a_modelfile_says_chat_and_alpaca(tiny_tokenizer):
     assert "{{ else }}Below is an instruction that describes a task." in text
     assert "{{ .Content }}\n\n### Response:\n{{ else if" in text
     assert '{{ .Content }}<|im_end|>\n\n### Instruction:\n{{ end }}{{ end }}"""' in text
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ bos_token }}[INST] <<SYS>>\n{{ m.content }}\n<</SYS>>\n\n"
+    "{% elif m.role == 'user' %}{% if loop.previtem is undefined or loop.previtem.role == 'assistant' %}"
+    "{{ bos_token }}[INST] {% endif %}{{ m.content }} [/INST]"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+)
+ONE_QUESTION = (
+    "{{ bos_token }}Q: {{ instruction }}\nOnce more: {{ instruction }}\nA:"
+    "{% if messages[-1].role == 'assistant' %} {{ messages[-1].content }}{{ eos_token }}{% endif %}"
+)
+
+
+def read_modelfile(text):
+    """Return (name, value) of each command, quotes taken off as Ollama's parser/parser.go does: it knows no escapes."""
+
+    def unquote(value):
+        for mark in ('"""', '"'):
+            if value.startswith(mark):
+                is_closed = len(value) >= 2 * len(mark) and value.endswith(mark)
+                return value[len(mark) : -len(mark)] if is_closed else None
+        return value
+
+    found, lines = [], iter(text.splitlines())
+    for line in lines:
+        name, value = line.removeprefix("PARAMETER ").split(" ", 1)
+        while unquote(value.strip()) is None:
+            value += "\n" + next(lines)
+        found.append((name, unquote(value.strip())))
+    return found
+
+
+def render_go(template, messages):
+    """Return what Go prints of a template of :func:`go_template`, by Jinja."""
+    jinja, ends = "", []
+    for piece in re.split(r"(\{\{ .*? \}\})", template):
+        action = piece.removeprefix("{{ ").removesuffix(" }}")
+        if piece == action:
+            jinja += piece
+        elif action == "range .Messages":
+            jinja += "{% for m in messages %}"
+            ends.append("for")
+        elif action == "end":
+            jinja += f"{{% end{ends.pop()} %}}"
+        elif action == "else":
+            jinja += "{% else %}"
+        elif action.startswith(("if eq ", "else if eq ")):
+            word, value, role = re.fullmatch(r'(if|else if) eq (.*Role) "(\w+)"', action).groups()
+            value = {".Role": "m.role", "(index .Messages 0).Role": "messages[0].role"}[value]
+            jinja += f"{{% {word.replace('else if', 'elif')} {value} == '{role}' %}}"
+            ends += ["if"] if word == "if" else []
+        else:
+            names = {
+                ".Content": "m.content",
+                "(index .Messages 0).Content": "messages[0].content",
+                ".Prompt": "messages[-1].content",
+            }
+            jinja += f"{{{{ {names.get(action, action)} }}}}"
+    return jinja2.Template(jinja, keep_trailing_newline=True).render(messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (LLAMA_2, ["u", "su", "uau", "suauau"]),
+        (LLAMA_3, ["u", "su", "uau", "suauau"]),
+        (LLAMA_3.replace("<|{{", "{{ '{{{|' }}{{").replace("\\n\\n{{", "{{ '{' }}{{"), ["u", "uau"]),
+        (ONE_QUESTION, ["u"]),
+    ],
+    ids=["Llama 2", "Llama 3", "braces", "one question"],
+)
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_ollama_renders_the_trained_prompt_with_one_bos(template, roles, bos):
+    specials = ("<s>", "</s>", "<|eot_id|>")
+    recipe = PromptRecipe("mine", template, bos_token="<s>", eos_token="</s>", special_tokens=specials)
+    modelfile = dict(read_modelfile(make_modelfile(recipe, "./x.gguf", added_bos=bos)))
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    for talk in roles:
+        messages = [Message(names[role], f"turn {place}") for place, role in enumerate(talk)]
+        trained = "".join(part.text for part in recipe.render_prompt(messages))
+        answered = [  # the space before an answer is the model's own
+            Message(m.role, recipe.answer_lead() + m.content if m.role == "assistant" else m.content)
+            for m in messages
+        ]
+        assert bos + render_go(modelfile["TEMPLATE"], answered) == trained
+
+
+def test_stop_texts_reach_ollama_as_they_are():
+    stops = ("\n### Instruction:", 'He said "no"\nthen', "C:\\new", " ")
+    recipe = PromptRecipe(
+        "mine", LLAMA_3, stop=stops, bos_token="<s>", eos_token="</s>", special_tokens=("</s>",)
+    )
+    said = read_modelfile(make_modelfile(recipe, "./x.gguf"))
+    assert [value for name, value in said if name == "stop"] == ["</s>", *stops]
+    with pytest.raises(ExportError, match="which a Modelfile cannot quote"):
+        make_modelfile(dataclasses.replace(recipe, stop=('"""',)), "./x.gguf")
+
+
+def test_llama_cpp_adds_a_bos_only_where_training_saw_one(tmp_path, tiny_base_folder, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    for name, adds in (("alpaca", True), ("chat", False)):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        )
+        recipe, _ = choose_recipe(PromptSettings(recipe=name), tokenizer)
+        file = tmp_path / f"{name}.gguf"
+        write_model(tiny_base_folder, recipe, tokenizer, file, quant="f32", name="x")
+        assert read_header(file).metadata["tokenizer.ggml.add_bos_token"] == adds
+
+
+OWN_LINE = (
+    "\n{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}assistant:"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [("chat", "Be brief."), ("alpaca", None), ("alpaca", "Be brief."), ("mine.jinja", None)],
+)
+def test_llama_cpp_reads_the_chat_template_of_every_recipe(
+    tmp_path, tiny_base_folder, tiny_tokenizer, name, system
+):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    (tmp_path / "mine.jinja").write_text(OWN_LINE)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    recipe = str(tmp_path / name) if "." in name else name
+    recipe, _ = choose_recipe(PromptSettings(recipe=recipe, system=system), tokenizer)
+    tokenizer.chat_template = chat_template(recipe)
+    write_model(tiny_base_folder, recipe, tokenizer, tmp_path / "x.gguf", quant="f32", name="x")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity, params.warmup = str(tmp_path / "x.gguf"), -1, False
+    params.n_ctx, params.n_parallel = 512, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    talks = [(Message("user", "When is payday?"),)]
+    talks.append((*talks[0], Message("assistant", "The 1st."), Message("user", "Why?")))
+    for talk in talks:
+        turns = [{"role": message.role, "content": message.content} for message in talk]
+        reply = server.handle_chat_completions({"messages": turns, "max_tokens": 1, "temperature": 0})
+        assert reply["usage"]["prompt_tokens"] == len(encode_questions([talk], recipe, tokenizer)[0])
+    assert count_equal_prompts(recipe, tokenizer, talks) == len(talks)
 
 
 def test_ollama_gets_a_modelfile_beside_the_file(tmp_path, run):

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorasmith.cli.console import console
+from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
     from lorasmith.export.write import Exported
@@ -48,6 +49,10 @@ def command(
 
     Llama models only. A run is merged first, with proof.
     """
+    if adapter_only and quant:
+        raise SettingsError(
+            "--adapter-only writes the adapter in float32, whatever the base's GGUF is quantised to: leave out --quant."
+        )
     from lorasmith.export.questions import read_questions
     from lorasmith.export.write import export
 

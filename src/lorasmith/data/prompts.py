@@ -380,7 +380,7 @@ def choose_recipe(settings: PromptSettings, tokenizer, kind: RowKind = "answers"
             "It belongs to objective.name=text; for answers use chat, alpaca or a template of your own."
         )
     # A chat template writes its own beginning; other templates get a bos_token where the tokenizer adds one.
-    bos_token = (tokenizer.bos_token or "") if name == "chat" or _adds_bos(tokenizer) else ""
+    bos_token = (tokenizer.bos_token or "") if name == "chat" or adds_bos(tokenizer) else ""
     if name == "chat":
         if not chat_template:
             raise RecipeError(
@@ -423,7 +423,8 @@ def _chat_template(tokenizer) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def _adds_bos(tokenizer) -> bool:
+def adds_bos(tokenizer) -> bool:
+    """Return whether the tokenizer puts its bos_token before every text."""
     if tokenizer.bos_token_id is None:
         return False
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]

@@ -14,29 +14,32 @@ def chat_template(recipe: PromptRecipe) -> str:
     The tokenizer's own template stays as it is unless the recipe adds a system prompt. Stop strings that are
     not tokens cannot be said in a template; they stay in lorasmith.json.
     """
-    # "+%}" keeps a line break that the template may begin with.
     before, after = [], ""
     if recipe.system is not None:
         before += [
-            "{% if messages[0]['role'] != 'system' +%}",
-            "{% set messages = [{'role': 'system', 'content': " + _quote(recipe.system) + "}] + messages +%}",
-            "{% endif +%}",
+            "{% if messages[0]['role'] != 'system' %}",
+            "{% set messages = [{'role': 'system', 'content': " + _quote(recipe.system) + "}] + messages %}",
+            "{% endif %}",
         ]
     if recipe.name != "chat":
         before += [
-            "{% set bos_token = " + _quote(recipe.bos_token) + " +%}",
-            "{% set eos_token = " + _quote(recipe.eos_token) + " +%}",
-            "{% set asked = messages | selectattr('role', 'equalto', 'user') | list +%}",
-            "{% set instruction = asked[-1]['content'] if asked else '' +%}",
-            "{% set input = asked[-1]['input'] or '' if asked else '' +%}",
-            "{% set told = messages | selectattr('role', 'equalto', 'system') | list +%}",
-            "{% set system = told[0]['content'] if told else '' +%}",
-            "{% set written +%}",
+            "{% set bos_token = " + _quote(recipe.bos_token) + " %}",
+            "{% set eos_token = " + _quote(recipe.eos_token) + " %}",
+            "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}",
+            "{% set instruction = asked[-1]['content'] if asked else '' %}",
+            "{% set input = asked[-1]['input'] or '' if asked else '' %}",
+            "{% set told = messages | selectattr('role', 'equalto', 'system') | list %}",
+            "{% set system = told[0]['content'] if told else '' %}",
+            "{% set written %}",
         ]
         # A space before the answer is the answer's own: tokenizers keep it with the word after it.
         after = "{% endset %}{{ written.rstrip(' ') if add_generation_prompt else written }}"
     if "date_string" in recipe.template:  # Llama 3 prints today's date; training saw one fixed day
-        before.insert(0, "{% set date_string = " + _quote(RECIPE_DATE.strftime("%d %b %Y")) + " +%}")
+        before.insert(0, "{% set date_string = " + _quote(RECIPE_DATE.strftime("%d %b %Y")) + " %}")
+    if before and recipe.template.startswith("\n"):
+        before.append(
+            "{{ '' }}"
+        )  # keeps that line break; a statement would eat it, and llama.cpp knows no "+%}"
     return "".join(before) + recipe.template + after
 
 

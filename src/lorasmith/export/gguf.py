@@ -23,7 +23,8 @@ from gguf import (
 )
 from safetensors import safe_open
 
-from lorasmith.data.prompts import PromptRecipe
+from lorasmith.data.example import Message
+from lorasmith.data.prompts import PromptRecipe, adds_bos
 from lorasmith.errors import ExportError
 from lorasmith.export.fold import plan_updates
 from lorasmith.export.quantise import QUANTS, byte_shape, check_quant, kind_of, pack
@@ -175,6 +176,14 @@ def pre_tokenizer_name(tokenizer) -> str:
     )
 
 
+def added_bos(tokenizer, recipe: PromptRecipe) -> str:
+    """Return the bos token that llama.cpp is told to put before every prompt; empty if training saw none there."""
+    if not adds_bos(tokenizer):
+        return ""
+    prompt = "".join(part.text for part in recipe.render_prompt([Message("user", "a")]))
+    return tokenizer.bos_token if prompt.startswith(tokenizer.bos_token) else ""
+
+
 def _add_config(writer: GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -228,8 +237,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, recipe: PromptRecipe, vocab_si
         writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
-    begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(begins)
+    writer.add_add_bos_token(bool(added_bos(tokenizer, recipe)))
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

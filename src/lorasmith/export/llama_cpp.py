@@ -23,7 +23,11 @@ def require_llama_cpp(needed_for: str) -> None:
 def answer_with_llama_cpp(
     file: Path, prompts: Sequence[Sequence[int]], lora: Path | None = None
 ) -> list[str]:
-    """Return llama.cpp's greedy answer to each prompt of token ids."""
+    """Return llama.cpp's greedy answer to each prompt of token ids.
+
+    Raises:
+        ExportError: llama.cpp does not open the file.
+    """
     xllamacpp = _import("Asking llama.cpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
@@ -37,7 +41,13 @@ def answer_with_llama_cpp(
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as fault:
+        raise ExportError(
+            f"llama.cpp does not open {file.name}: {fault} Why, it says itself: export without --prove, then run "
+            "llama-cli -m FILE. A chat template that it cannot read is left out by its option --no-jinja."
+        ) from fault
     answers = []
     for prompt in prompts:
         asked = {"prompt": list(prompt), "n_predict": ANSWER_TOKENS, "temperature": 0, "cache_prompt": False}

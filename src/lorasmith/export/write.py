@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorasmith.data.example import Message
 from lorasmith.errors import ExportError
-from lorasmith.export.gguf import read_llama_config, write_adapter, write_model
+from lorasmith.export.gguf import added_bos, read_llama_config, write_adapter, write_model
 from lorasmith.export.gguf_proof import NUM_QUESTIONS, GgufProof, expect, prove, prove_adapter
 from lorasmith.export.llama_cpp import require_llama_cpp
 from lorasmith.export.merge import merge
@@ -103,7 +103,8 @@ def export(
                 source = find_model(Path(aside) / "merged")
             done = Exported(_export_models(source, part, name, quants, asked, tell), _notes(source))
         if with_modelfile:
-            text = make_modelfile(source.recipe, f"./{done.files[0].file.name}")
+            bos = added_bos(source.tokenizer, source.recipe)
+            text = make_modelfile(source.recipe, f"./{done.files[0].file.name}", added_bos=bos)
             (part / "Modelfile").write_text(text, "utf-8")
             done = Exported(done.files)  # the Modelfile says the stop texts
         _close(part, source, done)
