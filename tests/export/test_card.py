@@ -8,12 +8,12 @@ from lorasmith.model.method_settings import METHODS
 from lorasmith.model.run_record import RunRecord, write_run_record
 
 
-def record(result=None, revision=None, source="faq.json", method="lora"):
+def record(result=None, revision=None, source="faq.json", method="lora", r=16):
     return RunRecord(
         name="faq",
         base=BaseRef("owner/model", revision, "abc" * 20),
         recipe={"name": "chat", "stop": ["END"]},
-        settings={"method": {"name": method, "r": 16, "lora_alpha": 32}, "training": {"epochs": 3}},
+        settings={"method": {"name": method, "r": r, "lora_alpha": 32}, "training": {"epochs": 3}},
         data={"source": source, "num_examples": 1500},
         result=result,
     )
@@ -78,3 +78,14 @@ def test_a_pushed_card_says_how_to_ask_it_elsewhere():
     assert "vllm" not in make_card(record(revision="c0ffee", method="vera"), place="anna/faq")
     assert "export" not in make_card(record(method="prompt"), place="anna/faq")
     assert "vllm serve anna/faq" in make_card(record(), place="anna/faq", is_merged=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "r", "says"), [("lora", 4, ""), ("pissa", 16, "32"), ("lora", 17, "32"), ("lora", 600, None)]
+)
+def test_vllm_is_told_of_a_rank_above_its_default(method, r, says):
+    card = make_card(record(revision="c0ffee", method=method, r=r), place="anna/faq")
+    option = f" --max-lora-rank {says}" if says else ""
+    command = f"vllm serve owner/model --enable-lora{option} --lora-modules faq=anna/faq"
+    assert (command in card) == (says is not None)
+    assert ("vllm" in card) == (says is not None)

@@ -15,6 +15,7 @@ from hub import OWNER, READS, WRITES, FakeHub, Repository
 from lorasmith.cli.main import main
 from lorasmith.data.sources import open_source
 from lorasmith.errors import AdapterError, HubError, RunError
+from lorasmith.export.card import write_card
 from lorasmith.export.merge import merge
 from lorasmith.export.push import prepare, refuse_findings, send
 from lorasmith.files import write_checksums
@@ -103,6 +104,29 @@ def test_nothing_of_this_machine_is_published(hub, run, tmp_path):
     push(run)
     for name, (content, _) in hub.repositories[f"models/{PLACE}"].files.items():
         assert str(tmp_path.parent.parent).encode() not in content, name
+
+
+def test_a_pushed_card_names_no_place_of_this_machine_and_no_file_that_stays_here(run, tmp_path):
+    def pushed_card():
+        with prepare(run, PLACE) as parcel:
+            return (parcel.folder / "README.md").read_text()
+
+    assert "nor what the model forgot.\n" in pushed_card()
+    count, text = {"right": {"k": 1, "n": 2}}, {"perplexity": 3.0}
+    report = {
+        "schema_version": 1,
+        "verdict": {"sentence": "Ship it.", "reasons": []},
+        "held_out": None,
+        "trained": None,
+        "probe": {"base": count, "tuned": count, "base_text": text, "tuned_text": text},
+        "notes": [f"The training data {tmp_path}/of anna/faq.json has changed since the run and/or the 1/2."],
+    }
+    (run / "report.json").write_text(json.dumps(report))
+    write_card(run)
+    assert "`report.html`" in (run / "README.md").read_text()
+    card = pushed_card()
+    assert "report." not in card
+    assert "**Note:** The training data of anna/faq.json has changed since the run and/or the 1/2." in card
 
 
 def test_a_proven_merge_opens_as_a_model_with_its_recipe(hub, run, merged):

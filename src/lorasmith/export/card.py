@@ -31,11 +31,24 @@ KINDS = {
     "full": "All weights",
 }
 PLAIN_LORA = ("lora", "rslora", "pissa", "olora", "lora_plus")  # what vLLM opens
+TWICE_THE_RANK = ("pissa", "olora")  # as it is saved (model/adapter.py)
+VLLM_RANKS = (
+    1,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    512,
+)  # what --max-lora-rank takes; adapters above it are refused
+_VLLM_DEFAULT = 16
 UNMERGED = ("prompt", "prefix", "p_tuning")  # no weight to fold in
 
 NOT_MEASURED = """\
-The losses above are all that was measured here. Whether the answers are right was not, nor what the model forgot:
-`lorasmith report --run .` asks. It can be wrong with confidence, and it repeats what its data and its base contain."""
+The losses above are all that was measured here. Whether the answers are right was not, nor what the model forgot{}.
+It can be wrong with confidence, and it repeats what its data and its base contain."""
 
 
 def write_card(run_dir: Path) -> None:
@@ -84,7 +97,11 @@ def make_card(
         if record.row_kind != "documents"
         else f"It was trained on plain texts, without a template, and is asked by the prompt recipe `{recipe}`{stop}."
     )
-    measured = _measured(report) if report else f"## What is not known\n\n{NOT_MEASURED}"
+    if report:
+        measured = _measured(report, is_here=place is None)
+    else:
+        missing = NOT_MEASURED.format(": `lorasmith report --run .` asks" if place is None else "")
+        measured = f"## What is not known\n\n{missing}"
     use = _use_here(method) if place is None else _use_pushed(place, record, method, is_whole)
     holds = "lorasmith.json" if place and is_whole else "run.json"
     return f"""---
@@ -155,7 +172,10 @@ def _use_pushed(place: str, record: RunRecord, method: str, is_whole: bool) -> s
     if is_whole:
         lines += [f"vllm serve {place}"]
     elif base and method in PLAIN_LORA:
-        lines += [f"vllm serve {base} --enable-lora --lora-modules {name}={place}"]
+        rank = record.settings["method"]["r"] * (2 if method in TWICE_THE_RANK else 1)
+        if room := next((room for room in VLLM_RANKS if room >= max(rank, _VLLM_DEFAULT)), None):
+            more = f" --max-lora-rank {room}" if room > _VLLM_DEFAULT else ""
+            lines += [f"vllm serve {base} --enable-lora{more} --lora-modules {name}={place}"]
     terminal = "\n".join(f"    {line}" for line in lines)
     opening = (
         f"""    from transformers import AutoModelForCausalLM
@@ -173,8 +193,8 @@ In Python:
 {opening}"""
 
 
-def _measured(report: dict[str, Any]) -> str:
-    """Return the verdict, its reasons and the counts of a report."""
+def _measured(report: dict[str, Any], *, is_here: bool) -> str:
+    """Return the verdict, its reasons and the counts of a report; ``is_here``: its page lies beside the card."""
     verdict, held_out, probe = report["verdict"], report["held_out"], report["probe"]
     reasons = "\n".join(
         f"- **{reason['about']}** ({reason['level']}): {reason['text']}" for reason in verdict["reasons"]
@@ -196,6 +216,12 @@ def _measured(report: dict[str, Any]) -> str:
     texts = [_perplexity(probe[f"{name}_text"]) for name in ("base", "tuned")]
     rows.append(("perplexity of general text", *texts, "-"))
     notes = "".join(f"\n**Note:** {note}\n" for note in report["notes"])
+    beside = (
+        "Every question with its answers, the curves and the thresholds: `report.html`, and as plain values "
+        "`report.json`.\n"
+        if is_here
+        else ""
+    )
     return f"""## Verdict
 
 **{verdict["sentence"]}**
@@ -204,8 +230,7 @@ def _measured(report: dict[str, Any]) -> str:
 
 {_table(("", "base", "tuned", "merged"), rows)}
 {notes}
-Every question with its answers, the curves and the thresholds: `report.html`, and as plain values `report.json`. The
-model can be wrong with confidence, and it repeats what its data and its base contain."""
+{beside}The model can be wrong with confidence, and it repeats what its data and its base contain."""
 
 
 def _count(side: dict[str, Any] | None, name: str) -> str:

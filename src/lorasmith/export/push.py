@@ -18,7 +18,14 @@ from typing import Any, Literal
 from lorasmith.data.sources import LocalFile, open_source
 from lorasmith.errors import HubError
 from lorasmith.export.card import base_on_hub, make_card, make_data_card, read_report
-from lorasmith.export.secrets import Finding, find_in_data, find_in_text, first_findings, without_places
+from lorasmith.export.secrets import (
+    Finding,
+    cut_places,
+    find_in_data,
+    find_in_text,
+    first_findings,
+    without_places,
+)
 from lorasmith.files import CHECKSUMS, find_damage, sha256_of, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, WEIGHTS, check_finite_weights, read_adapter_config
 from lorasmith.model.base import BaseRef, fingerprint_weights, weight_files
@@ -82,6 +89,8 @@ def prepare(
         folder = Path(temporary)
         public = _made_public(record)
         report = read_report(run_dir / "report.json")
+        if report:
+            report["notes"] = [cut_places(note) for note in report["notes"]]
         if data:
             names = _stage_data(record, folder)
             card = make_data_card(public, names, license)

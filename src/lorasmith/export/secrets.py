@@ -25,6 +25,7 @@ _PATTERNS = {
 }
 _ANY = re.compile("|".join(f"(?P<k{i}>{pattern})" for i, pattern in enumerate(_PATTERNS.values())))
 _KINDS = tuple(_PATTERNS)
+_PLACE = re.compile(r"(?<![\w./~-])(?:/[^\s/:;,'\"()]+){2,}")  # not and/or, no address of the web
 _ENOUGH = 100  # findings; who has more knows by then
 
 
@@ -80,6 +81,11 @@ def without_places(value: Any) -> Any:
     if isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
         return Path(value).name
     return value
+
+
+def cut_places(text: str) -> str:
+    """Return a sentence with every absolute path in it cut to its last part."""
+    return _PLACE.sub(lambda place: place[0].rpartition("/")[2], text)
 
 
 def _find(line: str, where: str) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """The same models in vLLM, which is the way past one machine: its command line, and why it would refuse.
 
 vLLM lives in an environment of its own and is not imported. What it refuses or, worse, ignores in an adapter is in
-its ``vllm/lora/peft_helper.py``, the ranks it takes in ``vllm/config/lora.py`` (read in 0.27).
+its ``vllm/lora/peft_helper.py``, the ranks it takes (VLLM_RANKS) in ``vllm/config/lora.py`` (read in 0.27).
 """
 
 import hashlib
@@ -13,14 +13,13 @@ from pathlib import Path
 from lorasmith.data.cache import cache_dir
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.errors import AdapterError, BaseModelError, RecipeError, SettingsError
+from lorasmith.export.card import VLLM_RANKS
 from lorasmith.export.chat_template import chat_template
 from lorasmith.files import whole_folder
 from lorasmith.model.adapter_folder import read_adapter_config
 from lorasmith.model.found import FoundModel, Tell, find_adapted, find_model, say_nothing
 from lorasmith.serve.models import short_name
 from lorasmith.serve.settings import ServeSettings
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ def _check_adapter(name: str, found: FoundModel) -> int:
     why = [text for key, text in reasons.items() if config.get(key)]
     if config["peft_type"] != "LORA":
         why = [f"its method is {config['peft_type']}"]
-    elif config["r"] > RANKS[-1]:
-        why.append(f"its rank is {config['r']}, and {RANKS[-1]} is vLLM's largest")
+    elif config["r"] > VLLM_RANKS[-1]:
+        why.append(f"its rank is {config['r']}, and {VLLM_RANKS[-1]} is vLLM's largest")
     if why:
         raise AdapterError(
             f"vLLM does not take the adapter {name}: {'; '.join(why)}. Merge it and serve the merged folder: "
             "lorasmith merge, then lorasmith serve --engine vllm --base MERGED."
         )
-    return next(rank for rank in RANKS if rank >= config["r"])
+    return next(rank for rank in VLLM_RANKS if rank >= config["r"])
 
 
 def _write_files(found: FoundModel) -> Path:
