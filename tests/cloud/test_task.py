@@ -106,6 +106,15 @@ def test_files_of_one_name_go_along_side_by_side(tmp_path, monkeypatch):
     assert told == ['["sales"]', '["support"]', '["more of sales"]', '["more of support"]', '["text"]']
 
 
+def test_a_folder_that_git_ignores_is_uploaded(tmp_path):
+    (tmp_path / "rows" / ".git").mkdir(parents=True)
+    (tmp_path / "rows" / ".gitignore").write_text("*\n")
+    (tmp_path / "rows" / "rows.json").write_text("[]")
+    found = fill(tmp_path / "workdir", f"data.train={tmp_path / 'rows'}")
+    uploaded = tmp_path / "workdir" / found["data"]["train"]
+    assert [path.name for path in uploaded.iterdir()] == ["rows.json"]
+
+
 def test_what_is_right_only_here_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"data.train is /gone/rows.json, which is not on this machine"):
         fill(tmp_path / "one", "data.train=/gone/rows.json")

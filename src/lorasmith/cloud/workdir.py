@@ -21,6 +21,8 @@ _PATHS = (
 )
 # Settings' words that mean what they say, whatever files of that name there are.
 _WORDS = {"base.model": ("smollm2-135m",), "prompt.recipe": ("auto", "alpaca", "chat", "text")}
+# SkyPilot uploads nothing that a .gitignore or .skyignore in any folder names; .git holds a clone's files once more.
+_GIT = (".git", ".gitignore", ".skyignore")
 # Where things are on this machine says nothing about the rented one.
 _HERE_ONLY = (("run", "root"), ("run", "name"), ("data", "cache_dir"))
 
@@ -92,7 +94,7 @@ def _upload(folder: Path, value: str, setting: str) -> str:
         target = folder / f"{setting}-{number}" / target.name
     target.parent.mkdir(exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_GIT))
     else:
         shutil.copyfile(source, target)
     return target.relative_to(folder).as_posix()
