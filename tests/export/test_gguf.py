@@ -380,8 +380,9 @@ def test_llama_cpp_reads_the_chat_template_of_every_recipe(
     tokenizer = copy.deepcopy(tiny_tokenizer)
     recipe = str(tmp_path / name) if "." in name else name
     recipe, _ = choose_recipe(PromptSettings(recipe=recipe, system=system), tokenizer)
-    tokenizer.chat_template = chat_template(recipe)
     write_model(tiny_base_folder, recipe, tokenizer, tmp_path / "x.gguf", quant="f32", name="x")
+    tokenizer.chat_template = chat_template(recipe)
+    assert read_header(tmp_path / "x.gguf").metadata["tokenizer.chat_template"] == tokenizer.chat_template
     params = xllamacpp.CommonParams()
     params.model.path, params.verbosity, params.warmup = str(tmp_path / "x.gguf"), -1, False
     params.n_ctx, params.n_parallel = 512, 1

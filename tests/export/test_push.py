@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from hub import OWNER, READS, WRITES, FakeHub, Repository
 from lorasmith.cli.main import main
+from lorasmith.data.prompts import choose_recipe
+from lorasmith.data.settings import PromptSettings
 from lorasmith.data.sources import open_source
 from lorasmith.errors import AdapterError, HubError, RunError
 from lorasmith.export.card import write_card
+from lorasmith.export.chat_template import chat_template
 from lorasmith.export.merge import merge
 from lorasmith.export.push import prepare, refuse_findings, send
-from lorasmith.files import write_checksums
+from lorasmith.files import find_damage, write_checksums
 from lorasmith.generation.chat import open_chat
 from lorasmith.model.found import find_adapted, find_model
 from lorasmith.model.hub import pull_adapter, reads_as_hub_id
@@ -140,6 +143,21 @@ def test_a_proven_merge_opens_as_a_model_with_its_recipe(hub, run, merged):
     card = hub.repositories[f"models/{PLACE}"].files["README.md"][0].decode()
     assert "library_name: transformers" in card
     assert "A LoRA adapter, merged into" in card
+
+
+def test_a_model_that_was_trained_whole_goes_with_the_trained_template(run, tiny_base_folder, tiny_tokenizer):
+    recipe, _ = choose_recipe(PromptSettings(recipe="alpaca"), tiny_tokenizer)
+    record = read_run_record(run)
+    settings = {**record.settings, "method": {"name": "full"}}
+    write_run_record(run, record.model_copy(update={"settings": settings, "recipe": recipe.to_json()}))
+    shutil.copytree(tiny_base_folder, run / "model")
+    write_checksums(run / "model")
+    own = (run / "model" / "chat_template.jinja").read_text()
+    with prepare(run, PLACE) as parcel:
+        assert (parcel.folder / "chat_template.jinja").read_text() == chat_template(recipe) != own
+        assert find_damage(parcel.folder, needed=("chat_template.jinja", "lorasmith.json")) == []
+    assert (run / "model" / "chat_template.jinja").read_text() == own
+    assert find_damage(run / "model", needed=("chat_template.jinja",)) == []
 
 
 def test_an_unproven_or_changed_or_foreign_merge_is_refused(run, merged):

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, adds_bos
 from lorasmith.errors import ExportError
+from lorasmith.export.chat_template import chat_template
 from lorasmith.export.fold import plan_updates
 from lorasmith.export.quantise import QUANTS, byte_shape, check_quant, kind_of, pack
 from lorasmith.model.adapter import read_adapter_config
@@ -239,8 +240,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, recipe: PromptRecipe, vocab_si
         writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_add_bos_token(bool(added_bos(tokenizer, recipe)))
     writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(chat_template(recipe))  # a full run's tokenizer has the base's own
 
 
 def _tensors(folder: Path, config: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,9 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.sources import LocalFile, open_source
 from lorasmith.errors import HubError
 from lorasmith.export.card import base_on_hub, make_card, make_data_card, read_report
+from lorasmith.export.chat_template import chat_template
 from lorasmith.export.secrets import (
     Finding,
     cut_places,
@@ -34,6 +36,7 @@ from lorasmith.model.hub import hub_faults
 from lorasmith.model.run_record import RunRecord, read_run_record
 from lorasmith.model.trained import ADAPTER, MODEL
 
+_CHAT_TEMPLATE = "chat_template.jinja"  # as transformers calls it
 _TEXTS = (".md", ".json", ".jsonl", ".txt", ".csv", ".jinja", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "*.index.json")  # large, and of the base's authors
 _OURS = ("run.json", MERGED_FILE)  # in a repository: that lorasmith pushed it
@@ -195,7 +198,13 @@ def _stage_run(run_dir: Path, record: RunRecord, public: RunRecord, folder: Path
             raise HubError(f"The model {model} is damaged: {', '.join(damage)}. It is not pushed.")
         check_finite_weights(weight_files(model))
         _link(model, folder)
+        # The base's own template, and sums with it: links, through which the run's files would be written over.
+        for name in (_CHAT_TEMPLATE, CHECKSUMS):
+            (folder / name).unlink(missing_ok=True)
+        template = chat_template(PromptRecipe.from_json(record.recipe))
+        (folder / _CHAT_TEMPLATE).write_text(template, "utf-8")
         (folder / MERGED_FILE).write_text(json.dumps({"recipe": record.recipe}, indent=2) + "\n", "utf-8")
+        write_checksums(folder)
         return
     adapter = run_dir / ADAPTER
     config = read_adapter_config(adapter)  # refuses what is damaged or not finite
