@@ -248,7 +248,8 @@ def test_keys_and_addresses_in_the_data_are_shown_and_stop_it(run, tmp_path):
         ),
         (READS, PLACE, "The Hub forbids it for anna/faq: your token may not do that there"),
         (WRITES, "other/faq", "don't have the rights to write under other"),
-        (WRITES, "no-owner..", "is no name of the Hub"),
+        (WRITES, "anna/faq..", "is no name of the Hub"),
+        (WRITES, "faq", r"faq has no owner: a place on the Hub is OWNER/NAME, such as anna/faq\."),
     ],
 )
 def test_a_refusal_says_the_way_out(hub, run, monkeypatch, token, place, text):

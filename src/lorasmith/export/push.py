@@ -80,8 +80,10 @@ def prepare(
     ``merged`` is the merged folder to push in place of the adapter; ``data`` pushes the training data.
 
     Raises:
-        HubError: unfinished, an unproven merge, no data. RunError, AdapterError: not a run, damaged, not finite.
+        HubError: no OWNER/NAME, unfinished, an unproven merge, no data. RunError, AdapterError: not a run, damaged,
+            not finite.
     """
+    _check_name(place)
     run_dir = Path(run)
     record = read_run_record(run_dir)
     if record.result is None:
@@ -176,6 +178,16 @@ def refuse_findings(parcel: Parcel) -> None:
             "A model can repeat what it learned. Take it out of the data and train again; or, if all of it may be "
             "known, pass --despite-findings."
         )
+
+
+def _check_name(place: str) -> None:
+    """Refuse what the Hub cannot call a repository; without an owner it would make one and then not find it."""
+    from huggingface_hub.utils import validate_repo_id
+
+    with hub_faults(place):
+        validate_repo_id(place)
+    if "/" not in place:
+        raise HubError(f"{place} has no owner: a place on the Hub is OWNER/NAME, such as anna/{place}.")
 
 
 def _made_public(record: RunRecord) -> RunRecord:
