@@ -318,7 +318,8 @@ def _start(
     if max_cost is not None and launch.budget_seconds is not None:
         console.print(
             f"--max-cost ${max_cost:g}: at the dearest of these prices {launch.budget_seconds / 3600:.1f} hours of "
-            "rent, of all starts together. The machine itself ends the run then, saved."
+            "rent, of all machines that this launch gets. The machine itself ends the run then, saved; --resume has a "
+            "--max-cost of its own."
         )
     if dry_run:
         print(sky.check_task(task), end="\n\n")

@@ -121,7 +121,7 @@ def _progress(copy: Path) -> tuple[str, float]:
 
 
 class Budget:
-    """How long machines may be rented, of all starts together; each machine has a file in the bucket."""
+    """How long the machines of one launch may be rented, all together; each has a file in the bucket."""
 
     def __init__(self, seconds: float, ledger: Path, rented_since: float) -> None:
         self.seconds, self.ledger, self.rented_since = seconds, ledger, rented_since

@@ -57,7 +57,7 @@ class Launch:
     needs_built_in: bool  # the base is the one from PyPI
     secrets: tuple[str, ...] = ()  # environment variables that travel as SkyPilot secrets
     serve_port: int | None = None  # None: only train, as a managed job
-    budget_seconds: float | None = None  # rented time, of all starts together; None: no limit
+    budget_seconds: float | None = None  # rented time, of all machines that it gets; None: no limit
 
     @property
     def job(self) -> str:
