@@ -1,6 +1,7 @@
 """The way home: what a bucket holds becomes a run folder of here. The cloud's tool is a script that copies a folder."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ def bucket(tmp_path, monkeypatch):
     tool = tmp_path / "bin" / "aws"
     tool.write_text(
         f'#!/bin/sh\n[ "$1 $2 $3" = "s3 sync s3://team/faq" ] || {{ echo "NoSuchBucket: $3" >&2; exit 1; }}\n'
-        f'cp -r {tmp_path}/bucket/. "$4"\n'
+        f'cp -rp {tmp_path}/bucket/. "$4"\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
@@ -85,6 +86,18 @@ def test_an_unfinished_run_comes_without_what_is_not_whole(bucket, tmp_path):
     run_dir = fetch(RECORD, tmp_path / "runs")
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
     assert not (run_dir / "adapter").exists()
+
+
+def test_of_two_unfinished_copies_the_one_that_is_further_comes(bucket, tmp_path):
+    for task, step, written in (("task-1", 4, 2_000), ("task-2", 12, 1_000)):
+        checkpoint = bucket / task / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+        write_checksums(checkpoint)
+        (bucket / task / "run.json").write_text('{"result": null}')
+        os.utime(bucket / task / "run.json", (written, written))  # a cloud's tool may not keep this
+    run_dir = fetch(RECORD, tmp_path / "runs")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000012"]
 
 
 def test_a_finished_adapter_that_is_not_whole_is_refused(bucket, tmp_path):

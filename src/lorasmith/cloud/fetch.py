@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from lorasmith.cloud.keeper import progress_of
 from lorasmith.cloud.records import LaunchRecord
 from lorasmith.errors import CloudError, RunError
 from lorasmith.files import find_damage, whole_folder
@@ -31,7 +32,7 @@ def fetch(record: LaunchRecord, root: Path) -> Path:
         found = [copy for copy in Path(folder).iterdir() if (copy / "run.json").is_file()]
         if not found:
             raise RunError(f"{record.bucket}/{record.name} has no run yet. See: lorasmith launch status")
-        furthest = max(found, key=lambda copy: (_is_finished(copy), (copy / "run.json").stat().st_mtime))
+        furthest = max(found, key=lambda copy: (_is_finished(copy), *progress_of(copy)))
         _drop_what_is_not_whole(furthest)
         if record.base is not None:
             _name_base(furthest / "run.json", record.base)

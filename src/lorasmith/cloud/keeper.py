@@ -48,7 +48,7 @@ class Mirror:
         found = [folder for folder in self.copy.parent.glob("*") if (folder / "run.json").is_file()]
         if not found:
             return None
-        source = self.copy if self.copy in found else max(found, key=_progress)
+        source = self.copy if self.copy in found else max(found, key=progress_of)
         shutil.copytree(source, self.run_dir, ignore=shutil.ignore_patterns(_SPENT, "*.part"))
         for checkpoint in self.run_dir.glob("checkpoints/step-*"):
             if find_damage(checkpoint, needed=()):
@@ -114,7 +114,7 @@ def _stamp(file: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _progress(copy: Path) -> tuple[str, float]:
+def progress_of(copy: Path) -> tuple[str, float]:
     """Return what grows with a copy's progress: the name of its last checkpoint, then the time of its record."""
     last = max((folder.name for folder in copy.glob("checkpoints/step-*")), default="")
     return last, (copy / "run.json").stat().st_mtime
