@@ -342,6 +342,8 @@ def test_stop_texts_reach_ollama_as_they_are():
     )
     said = read_modelfile(make_modelfile(recipe, "./x.gguf"))
     assert [value for name, value in said if name == "stop"] == ["</s>", *stops]
+    assert ("temperature", "0") in said
+    assert ("repeat_penalty", "1") in said
     with pytest.raises(ExportError, match="which a Modelfile cannot quote"):
         make_modelfile(dataclasses.replace(recipe, stop=('"""',)), "./x.gguf")
 

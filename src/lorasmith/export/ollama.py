@@ -29,6 +29,7 @@ def make_modelfile(
     """
     lines = [f"FROM {gguf}"] + ([f"ADAPTER {adapter}"] if adapter else [])
     lines += [f'TEMPLATE """{_quotable(go_template(recipe, added_bos))}"""', "PARAMETER temperature 0"]
+    lines += ["PARAMETER repeat_penalty 1"]  # Ollama took 1.1 where none was said, until August 2026
     stops = dict.fromkeys((*recipe.end_tokens(), *recipe.stop))
     return "\n".join(lines + [f"PARAMETER stop {_quote(stop)}" for stop in stops]) + "\n"
 
