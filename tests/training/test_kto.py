@@ -1,5 +1,7 @@
 """KTO's losses equal TRL's and the paper's formula, in packs and with several processes; bad labels are refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -326,3 +328,17 @@ def test_labels_of_csv_are_words_and_both_ways_is_warned_of(tmp_path, tiny_token
     dataset = examine_dataset(data, recipe, tiny_tokenizer, kind="labelled")
     assert dataset.is_rejected.tolist() == [False, True, True]
     assert dataset.receipt.warnings == ("rows.csv:3: rows.csv:2 labels the same answer otherwise",)
+
+
+def test_an_answer_that_is_chosen_in_one_pair_and_rejected_in_another_is_warned_of(tmp_path, tiny_tokenizer):
+    from lorasmith.data.dataset import examine_dataset
+    from lorasmith.data.prompts import choose_recipe
+    from lorasmith.data.settings import DataSettings, PromptSettings
+
+    pairs = [("So.", "No."), ("So.", "Never."), ("Never.", "No.")]  # the first two agree: So. is good
+    rows = [{"prompt": "Why?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, _ = choose_recipe(PromptSettings(recipe="alpaca"), tiny_tokenizer)
+    data = DataSettings(train=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    dataset = examine_dataset(data, recipe, tiny_tokenizer, kind="labelled")
+    assert dataset.receipt.warnings == ("rows.jsonl:3: rows.jsonl:2 labels the same answer otherwise",)

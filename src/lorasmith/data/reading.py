@@ -45,6 +45,7 @@ def read_examples(
         return
     first_seen: dict[bytes, str] = {}
     first_asked: dict[bytes, str] = {}
+    first_judged: dict[bytes, tuple[bool, str]] = {}  # rejected or not, and where
     done = 0
     for file in source.files:
         in_file = Position()
@@ -61,11 +62,11 @@ def read_examples(
             if where is not example.where:
                 ledger.skip("duplicate", example.where, f"the same as {where}")
                 continue
-            if kind == "labelled":
-                where = first_asked.setdefault(digests[0], example.where)
-                if where is not example.where:
+            for judged, digest in zip(examples, digests, strict=True) if kind == "labelled" else ():
+                is_rejected, where = first_judged.setdefault(digest, (judged.is_rejected, judged.where))
+                if is_rejected != judged.is_rejected:
                     ledger.warn(
-                        "labelled both ways", f"{example.where}: {where} labels the same answer otherwise"
+                        "labelled both ways", f"{judged.where}: {where} labels the same answer otherwise"
                     )
             if kind == "answers":
                 where = first_asked.setdefault(digest_messages(example.question), example.where)
