@@ -12,7 +12,7 @@ from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import DataError, SettingsError
 from lorasmith.model.method_settings import LoraSettings
 from lorasmith.training.kto import Kto, advise_weights, exchange_answer, places_of_others
-from lorasmith.training.loop import train
+from lorasmith.training.loop import mean_losses, train
 from lorasmith.training.preference import reference_log_probs
 from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import ObjectiveSettings
@@ -164,6 +164,21 @@ def test_a_cut_into_packs_changes_nothing(tmp_path):
     for key in expected[0].measured:
         theirs = [r.measured[key] for r in expected]
         assert [r.measured[key] for r in found] == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_rewards_of_a_validation_are_means_over_all_of_its_rows_of_a_kind():
+    rows, _ = make_labelled(80)  # read in parts of 64: the first has good ones only
+    is_rejected = np.arange(80) >= 70
+    model = make_adapted()
+    forward = PackForward(model, EngineSettings())
+    zeros = np.zeros(80, np.float32)
+    learns = Kto(model, OBJECTIVE, {"validation": zeros}, {"validation": is_rejected}, 99)
+    means = mean_losses(model, rows, SETTINGS, forward, objective=learns, name="validation")
+    found = dict(zip(learns.tells, means[1:], strict=True))
+    with torch.no_grad(), forward.asking():
+        rewards = 0.1 * np.array([plain_log_prob(model, row).item() for row in rows])
+    assert found["reward_desirable"] == pytest.approx(rewards[:70].mean(), rel=1e-4)
+    assert found["reward_undesirable"] == pytest.approx(rewards[70:].mean(), rel=1e-4)
 
 
 def test_an_exchanged_answer_stands_behind_the_other_question():

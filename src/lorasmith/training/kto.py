@@ -55,7 +55,7 @@ class Kto(Objective):
         self._is_rejected = {name: torch.from_numpy(values.copy()) for name, values in is_rejected.items()}
         self._longest = longest
         self._kl = 0.0
-        self._num_rows: tuple[int, int] = 0, 0  # good and bad ones of the step
+        self._num_rows: tuple[int, int] = 0, 0  # good and bad ones of the step, or of the whole validation
 
     def count(self, pack: Pack) -> int:
         return len(pack.examples)
@@ -72,8 +72,11 @@ class Kto(Objective):
         with self._model.disable_adapter():
             at_first = ask(others)
         self._kl = max(0.0, float((now - at_first).mean()))
-        num_bad = int(self._is_rejected[name][list(indices)].sum())
-        self._num_rows = len(rows) - num_bad, num_bad
+        judged = self._is_rejected[name]
+        if name == "train":  # a validation goes through all of its rows, and its means are over all of them
+            judged = judged[list(indices)]
+        num_bad = int(judged.sum())
+        self._num_rows = len(judged) - num_bad, num_bad
 
     def loss(
         self, forward: PackForward, pack: Pack, name: str | None
@@ -91,7 +94,7 @@ class Kto(Objective):
         num_good, num_bad = (sum(self._num_rows) / max(1, number) for number in self._num_rows)
         return losses.sum(), (
             self._kl * len(rows),
-            rewards[~is_bad].sum().item() * num_good,  # the loop divides by the step's rows
+            rewards[~is_bad].sum().item() * num_good,  # the loop divides by all rows
             rewards[is_bad].sum().item() * num_bad,
             (rewards * sign > 0).sum().item(),
         )
