@@ -244,6 +244,11 @@ def test_a_run_on_labels_learns_them_goes_on_after_a_stop_and_is_reported(tmp_pa
     assert questions.rows
     assert all(row.reference.startswith("It is") for row in questions.rows)
     assert all(example.answer.startswith("It is") for example in training.answers())
+    # The labels of CSV are 1 and 0 as well.
+    (tmp_path / "new.csv").write_text("prompt,completion,label\nWho?,We.,1\nWho?,Nobody.,0\n")
+    new = ReportSettings(data=(str(tmp_path / "new.csv"),))
+    (questions,) = choose_questions(tmp_path / "whole", record, training, new, chat.recipe, chat.tokenizer)
+    assert [row.reference for row in questions.rows] == ["We."]
 
 
 def test_pairs_are_a_good_and_a_bad_answer_each(tmp_path, tiny_base_folder):

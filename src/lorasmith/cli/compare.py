@@ -80,7 +80,7 @@ def command(
     if len(whole) < 2 and not search:
         raise SettingsError("One run is nothing to compare: name --methods lora,full, or several run files.")
     check_held_out_is_there(first)
-    check_held_out(first.report.model_copy(update={"after_training": True}))
+    check_held_out(first.report.model_copy(update={"after_training": True}), first.objective.kind)
     candidates = whole
     if tokens is not None:
         candidates, epochs = with_budget(whole, tokens)

@@ -76,8 +76,10 @@ def command(
     if endpoint is not None and compare:
         raise SettingsError("--compare needs a run: an endpoint does not say what its base is.")
     from lorasmith.evaluation.questions import read_evaluation_rows, spread_evenly
+    from lorasmith.model.run_record import read_run_record
 
-    rows = read_evaluation_rows(data) if data is not None else []
+    kind = read_run_record(run).row_kind if run is not None and (run / "run.json").is_file() else "answers"
+    rows = read_evaluation_rows(data, kind) if data is not None else []
     rows = spread_evenly(rows, limit) if limit is not None else rows
     results: dict[str, dict[str, Any]] = {}
     if endpoint is not None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from lorasmith.cli.asking import asking_progress
 from lorasmith.cli.console import console
 from lorasmith.cli.run_file import override_report
+from lorasmith.data.settings import RowKind
 from lorasmith.evaluation.settings import ReportSettings
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def make_page(
     return report
 
 
-def check_held_out(settings: ReportSettings) -> None:
-    """Read the held-out files that a report will ask, so that a fault in one is told before the training.
+def check_held_out(settings: ReportSettings, kind: RowKind) -> None:
+    """Read the held-out files that a report will ask of a run whose rows are of ``kind``, before the training.
 
     Raises:
         DataError: a file cannot be read, or a row of it is wrong.
@@ -87,7 +88,7 @@ def check_held_out(settings: ReportSettings) -> None:
     from lorasmith.evaluation.questions import read_evaluation_rows
 
     for name in settings.data if settings.after_training else ():
-        read_evaluation_rows(name)
+        read_evaluation_rows(name, kind)
 
 
 def report_after_training(run_dir: Path, settings: ReportSettings) -> None:

@@ -101,7 +101,7 @@ def command(
     is_first = os.environ.get("RANK", "0") == "0"  # of a team; the others need not have its files
     run_dir = choose_run_dir(run_file, resume=resume and is_first)
     if is_first:
-        check_held_out(run_file.report)
+        check_held_out(run_file.report, run_file.objective.kind)
     words = ["train", *([path] if path else []), *words]
     if run_file.run.name is None:
         words.append(f"run.name={run_dir.name}")

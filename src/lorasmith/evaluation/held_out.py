@@ -165,10 +165,17 @@ def choose_questions(
     found: list[tuple[str, Kind, list[EvaluationRow]]]
     if settings.data:
         found = [
-            (name, "held-out file", read_evaluation_rows(locate(name, run_dir))) for name in settings.data
+            (name, "held-out file", read_evaluation_rows(locate(name, run_dir), record.row_kind))
+            for name in settings.data
         ]
     elif validation and record.row_kind != "documents":
-        found = [(validation, "validation file", read_evaluation_rows(locate(validation, run_dir)))]
+        found = [
+            (
+                validation,
+                "validation file",
+                read_evaluation_rows(locate(validation, run_dir), record.row_kind),
+            )
+        ]
     elif share:
         found = [(record.data["source"], "validation share", share)]
     else:

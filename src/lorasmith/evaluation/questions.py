@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from lorasmith.data.example import Example, Message
 from lorasmith.data.formats import RowProblem, detect_format, explain_unknown
+from lorasmith.data.settings import RowKind
 from lorasmith.data.sources import BlankLine, RowFault, read_rows
 from lorasmith.errors import DataError
 from lorasmith.evaluation.facts import Keyword
@@ -42,21 +43,26 @@ def ask(question: str, reference: str, *keywords: Keyword) -> EvaluationRow:
     return EvaluationRow((Message("user", question),), reference, keywords)
 
 
-def read_evaluation_rows(source: str | Path) -> list[EvaluationRow]:
+def read_evaluation_rows(source: str | Path, kind: RowKind = "answers") -> list[EvaluationRow]:
     """Read a data file of any training format; a row may have ``keywords`` beside its keys.
 
     The reference of a pair is the chosen answer; an answer that is labelled false is no reference and left out. A
-    keyword is a text, or a list of texts any of which will do: ["payday", ["4", "four"]].
+    keyword is a text, or a list of texts any of which will do: ["payday", ["4", "four"]]. ``kind`` is what the rows of
+    the run are that is judged: where they are labelled, a label of 1 or 0 is one here too.
 
     Raises: DataError naming the first row that is wrong, or that there is none.
     """
+    kinds: tuple[RowKind, RowKind] = (
+        ("labelled", "answers") if kind == "labelled" else ("answers", "labelled")
+    )
     rows = []
     for row in read_rows(source):
         if isinstance(row, BlankLine):
             continue
         if isinstance(row, RowFault):
             raise DataError(f"{row.where}: {row.reason}{row.detail and f' ({row.detail})'}")
-        found = detect_format(row.fields) or detect_format(row.fields, "labelled")
+        first, second = kinds
+        found = detect_format(row.fields, first) or detect_format(row.fields, second)
         if found is None:
             raise DataError(
                 f"{row.where}: no question with a reference answer. {explain_unknown(row.fields)}"
