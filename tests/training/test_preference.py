@@ -442,7 +442,8 @@ ANSWER = {"instruction": "Why?", "output": "So."}
         (
             {**PAIR, "rejected": "So."},
             "dpo",
-            "no row can be used .1 chosen and rejected are the same.",
+            r"no row can be used .1 chosen and rejected are the same.. A row needs .* two answers that differ; "
+            "lorasmith check --pairs ",
         ),
         ({**PAIR, "chosen": "  "}, "dpo", "no row can be used .1 empty chosen answer."),
     ],

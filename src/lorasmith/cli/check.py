@@ -252,7 +252,7 @@ def _print_first_example(dataset: "TokenizedDataset", prompt: "PromptRecipe", re
 
     has_colour = console.color_system is not None
     how = "green" if has_colour else "in 「 」"
-    example = dataset[0]
+    example = dataset[int(np.argmin(dataset.is_rejected))]  # a good answer, where there is one
     title = f"What the model sees of {escape(example.where)}; what it learns is {how}"
     asked = (
         " It is for asking only: texts are learnt without a template."
@@ -358,7 +358,7 @@ def _to_json(
     if gain is None:
         return report
     longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN].tolist()
-    first = dataset[0]
+    first = dataset[int(np.argmin(dataset.is_rejected))]
     return report | {
         "tokens": {
             "all": int(dataset.lengths.sum()),
