@@ -103,6 +103,16 @@ def test_a_search_that_was_stopped_goes_on_with_other_trials(played):
     assert len(set(rates)) == len(rates)
 
 
+def test_own_settings_that_were_stopped_are_tried_again_at_the_next_start(played):
+    played.stops_at = 1
+    words = ("run.yaml", "--search", "--methods", "lora,ia3", "--minutes", "2.5")
+    assert compare(*words).exit_code == 3
+    played.stops_at = None
+    output = compare(*words).output
+    assert "trial 2: ia3, learning rate 0.063: validation loss" in output
+    assert "trial 3: lora, learning rate 0.005, r 8: validation loss 2.8363" in output
+
+
 def test_what_is_running_at_the_end_of_the_time_is_ended(played):
     output = compare("run.yaml", "--search", "--minutes", "1.5").output
     assert "trial 2" in output

@@ -114,7 +114,8 @@ def search(
 ) -> tuple[list[Tried], bool]:
     """Return what was trained to its end in the study so far, the best first, and whether the search was stopped.
 
-    Every candidate is tried with its own settings first; what earlier starts took counts among the ``minutes``.
+    Every candidate is tried with its own settings first, those that an earlier start did not come to the end of too;
+    what earlier starts took counts among the ``minutes``.
 
     Raises:
         TrainingError: every trial failed; with the words of the last.
@@ -122,10 +123,15 @@ def search(
     from optuna.trial import TrialState
 
     spaces = {candidate.name: space_of(candidate.run_file) for candidate in candidates}
-    if not study.trials:
-        for name, space in spaces.items():
-            own = {f"{name}.{key}": value for key, value in space.own.items()}
-            study.enqueue_trial({"run": name, **own})
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    for name, space in spaces.items():
+        own = {"run": name, **{f"{name}.{key}": value for key, value in space.own.items()}}
+        judged = any(
+            trial.user_attrs.get("name") == name and trial.user_attrs["is_own"]
+            for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        )
+        if not judged and all(trial.system_attrs.get("fixed_params") != own for trial in waiting):
+            study.enqueue_trial(own)  # also where an earlier start was ended in the middle of it
     deadline = time.monotonic() + 60 * minutes - _seconds_spent(study)
     was_stopped = False
     while not was_stopped and time.monotonic() < deadline:
