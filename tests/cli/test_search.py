@@ -135,6 +135,8 @@ def test_a_search_needs_a_validation_loss_and_optuna(played, tmp_path, monkeypat
         SettingsError, match=r"A search needs a validation loss.*training.validation_share=0.2"
     ):
         compare("run.yaml", "--search", "training.validation_share=0", "report.data=new.json")
+    # Questions it needs none, so plain texts are as good as answers.
+    compare("run.yaml", "--search", "--minutes", "2", "objective.name=text")
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match=r"compare --search needs .*'lorasmith\[search\]'"):
         open_study(make_candidates(["run.yaml"], []), tmp_path)

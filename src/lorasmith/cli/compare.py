@@ -79,7 +79,8 @@ def command(
     first = whole[0].run_file
     if len(whole) < 2 and not search:
         raise SettingsError("One run is nothing to compare: name --methods lora,full, or several run files.")
-    check_held_out_is_there(first)
+    if not search:  # which asks nothing, and wants a validation loss: search.py looks for it
+        check_held_out_is_there(first)
     check_held_out(first.report.model_copy(update={"after_training": True}), first.objective.kind)
     candidates = whole
     if tokens is not None:
