@@ -70,6 +70,12 @@ def test_all_is_every_method_and_a_typo_is_told():
         (["a.yaml", "b.yaml", "data.on_bad_row=skip"], [], None),
         (["a.yaml", "other.yaml"], [], r"a and other differ in training.seed, .*alike.*training.seed=VALUE"),
         (["a.yaml", "apart.yaml"], [], r"a and apart differ in data.max_seq_len"),
+        (
+            ["dpo.yaml", "kto.yaml"],
+            [],
+            r"dpo \(dpo\) and kto \(kto\) do not count the same as a row.*data.validation=",
+        ),
+        (["dpo.yaml", "kto.yaml", "training.validation_share=0", "data.validation=faq.json"], [], None),
     ],
 )
 def test_what_cannot_be_compared_is_refused(words, methods, told, files):
@@ -77,6 +83,8 @@ def test_what_cannot_be_compared_is_refused(words, methods, told, files):
     (files / "apart.yaml").write_text(
         (files / "a.yaml").read_text().replace("  train:", "  max_seq_len: 99\n  train:")
     )
+    for name in ("dpo", "kto"):
+        (files / f"{name}.yaml").write_text((files / "a.yaml").read_text() + f"objective: {{name: {name}}}\n")
     if told is None:
         assert len(make_candidates(words, methods)) == 2
         return
@@ -96,6 +104,8 @@ def test_a_budget_that_differs_is_refused_and_tokens_make_it_alike(files, tiny_b
     check_budgets(alike)
     assert {c.run_file.training.epochs for c in alike} == {epochs}
     assert with_budget(candidates, 200)[1] == pytest.approx(2 * epochs, abs=1e-3)
+    with pytest.raises(SettingsError, match=r"--tokens 3 is not even one step, which has about \d+ tokens"):
+        with_budget(candidates, 3)
 
 
 def test_nothing_held_out_is_nothing_to_compare_by(files):

@@ -118,9 +118,14 @@ def with_budget(candidates: Sequence[Candidate], num_tokens: int) -> tuple[list[
 
     Tokens of the examples count, prompts included, as if no prefix were shared.
     """
-    epochs = round(num_tokens / _tokens_of_an_epoch(candidates[0].run_file), 4)
-    if epochs <= 0:
-        raise SettingsError(f"--tokens {num_tokens} is not even one step. Give a larger budget.")
+    of_an_epoch, num_steps = _size_of_an_epoch(candidates[0].run_file)
+    if num_tokens < of_an_epoch / num_steps / 2:  # one step would be taken all the same
+        raise SettingsError(
+            f"--tokens {num_tokens} is not even one step, which has about {of_an_epoch / num_steps:,.0f} tokens. "
+            "Give a larger budget."
+        )
+    share = num_tokens / of_an_epoch
+    epochs = round(share, 4) or float(f"{share:.2g}")
     budget = {"epochs": epochs, "max_steps": None}
     return [replace(c, run_file=change(c.run_file, training=budget)) for c in candidates], epochs
 
@@ -175,6 +180,13 @@ def _check_alike(candidates: Sequence[Candidate]) -> None:
                     f"{first.name} and {candidate.name} differ in {section}.{fields[0]}, so their numbers could not be "
                     f"compared. Set it alike, on the command line for all: {section}.{fields[0]}=VALUE."
                 )
+        ours, theirs = (c.run_file.objective for c in (first, candidate))
+        if ours.kind != theirs.kind and first.run_file.training.validation_share:
+            raise SettingsError(
+                f"{first.name} ({ours.name}) and {candidate.name} ({theirs.name}) do not count the same as a row, a "
+                "pair or an answer, so the same share of the rows may be other questions. Leave "
+                "training.validation_share out, and name what is held out: data.validation=FILE."
+            )
 
 
 def _value(run_file: RunFile, section: str, key: str | None) -> Any:
@@ -182,7 +194,8 @@ def _value(run_file: RunFile, section: str, key: str | None) -> Any:
     return values if key is None else values[key]
 
 
-def _tokens_of_an_epoch(run_file: RunFile) -> int:
+def _size_of_an_epoch(run_file: RunFile) -> tuple[int, int]:
+    """Return the tokens and the steps of one epoch."""
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base
@@ -194,4 +207,4 @@ def _tokens_of_an_epoch(run_file: RunFile) -> int:
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, kind)
     every = prepare_dataset(run_file.data, recipe, tokenizer, kind=kind)
     kept, _ = split_dataset(every, run_file.training)
-    return int(every.rows(kept).lengths.sum())
+    return int(every.rows(kept).lengths.sum()), run_file.training.steps_per_epoch(len(kept))
