@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,23 @@ def test_other_settings_or_data_under_a_finished_run_are_refused(lorasmith, tiny
     assert "training.epochs: 2.0 then, 5.0 now" in text
     assert "has changed since" in text
     assert "run.name=NAME" in text
+
+
+def test_another_base_or_validation_file_under_a_finished_run_is_refused(
+    lorasmith, tiny_base_folder, rows, tmp_path
+):
+    from safetensors.torch import load_file, save_file
+
+    lorasmith(*train_words(tiny_base_folder, rows, "--name", "mine"))
+    moved = shutil.copytree(tiny_base_folder, tmp_path / "moved")
+    assert "finished already" in lorasmith(*train_words(moved, rows, "--name", "mine")).output
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    text = str(lorasmith(*train_words(moved, rows, "--name", "mine")).exception)
+    assert re.search(r"base.model: .*tiny-base.* then, .*moved now, other weights", text)
+    words = (*train_words(tiny_base_folder, rows, "--name", "mine"), f"data.validation={rows}")
+    assert "data.validation: it was another then" in str(lorasmith(*words).exception)
 
 
 def test_a_validation_file_and_a_share_exclude_each_other(lorasmith, tiny_base_folder, rows):

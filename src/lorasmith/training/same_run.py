@@ -9,7 +9,9 @@ from lorasmith.data.settings import DataSettings
 from lorasmith.data.sources import open_source
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import ResumeError, RunError
+from lorasmith.model.base import resolve_base
 from lorasmith.model.run_record import RunRecord, read_run_record
+from lorasmith.model.settings import BaseSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.distributed import Team
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings
@@ -29,6 +31,20 @@ def is_finished(
     source = open_source(data.train, split=data.split, kind=objective.kind)
     if source.fingerprint() != record.data["fingerprint"]:
         differences.append(f"data: {data.train} has changed since")
+    if data.validation is not None:
+        source = open_source(data.validation, split=data.split, kind=objective.kind)
+        if source.fingerprint() != record.data.get("validation_fingerprint"):
+            differences.append(f"data.validation: it was another then than {data.validation}")
+    elif record.data.get("validation_fingerprint") is not None:
+        differences.append(f"data.validation: {record.settings['data']['validation']} then, none now")
+    if (
+        settings["base"]["model"] != record.settings["base"]["model"]
+    ):  # another place of the same weights will do
+        fingerprint = resolve_base(BaseSettings.model_validate(settings["base"])).ref.fingerprint
+        if fingerprint != record.base.fingerprint:
+            differences.append(
+                f"base.model: {record.settings['base']['model']} then, {settings['base']['model']} now, other weights"
+            )
     if differences:
         raise RunError(
             f"{run_dir} is a finished run with other settings:\n"
