@@ -47,6 +47,16 @@ def test_texts_are_shown_as_pieces(check):
     assert shown.rstrip().endswith("objective.name=text")
 
 
+def test_a_good_one_of_labelled_answers_is_shown_and_labels_that_are_alike_are_refused(check):
+    rows = [{"prompt": f"Why {n}?", "completion": f"So {n}.", "label": n > 1} for n in range(4)]
+    code, shown = check(rows, labels=True)
+    assert code == 0
+    assert "2 answers are good (true), 2 bad (false)." in shown
+    assert "What the model sees of rows.jsonl:3; what it learns" in shown
+    with pytest.raises(DataError, match="all 2 answers are labelled false"):
+        check(rows[:2], labels=True)
+
+
 def test_rows_are_pairs_or_texts(check):
     with pytest.raises(SettingsError, match="Give one"):
         check([], text=True, pairs=True)

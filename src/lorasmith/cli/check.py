@@ -139,6 +139,10 @@ def command(
             _print_cuts(dataset.receipt, settings)
         if gain is not None:
             _print_gain(gain, f"{batch_size} {_UNITS[kind]}", grouped)
+        if labels and gain is not None and dataset.is_rejected.all() == dataset.is_rejected.any():
+            from lorasmith.training.kto import check_labels
+
+            check_labels(dataset.is_rejected, data)  # all are alike: training would say so too
         train_command = _train_command(model, settings, prompt_settings)
         objective = {
             "pairs": " objective.name=dpo",
