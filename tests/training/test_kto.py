@@ -215,7 +215,7 @@ LABELLED = [label(number, number % 3 > 0) for number in range(24)]
 
 def test_a_run_on_labels_learns_them_goes_on_after_a_stop_and_is_reported(tmp_path, tiny_base_folder):
     from lorasmith.cli.run_file import prepare, train
-    from lorasmith.evaluation.held_out import TrainingData, choose_questions
+    from lorasmith.evaluation.held_out import TrainingData, choose_questions, sample_training
     from lorasmith.evaluation.settings import ReportSettings
     from lorasmith.generation.chat import Chat
     from lorasmith.model.run_record import read_run_record
@@ -244,6 +244,9 @@ def test_a_run_on_labels_learns_them_goes_on_after_a_stop_and_is_reported(tmp_pa
     assert questions.rows
     assert all(row.reference.startswith("It is") for row in questions.rows)
     assert all(example.answer.startswith("It is") for example in training.answers())
+    num_answers = training.count_answers()
+    assert num_answers == len(list(training.answers())) < record.data["num_examples"]
+    assert len(sample_training(training.answers(), num_answers, 6)) == 6
     # The labels of CSV are 1 and 0 as well.
     (tmp_path / "new.csv").write_text("prompt,completion,label\nWho?,We.,1\nWho?,Nobody.,0\n")
     new = ReportSettings(data=(str(tmp_path / "new.csv"),))

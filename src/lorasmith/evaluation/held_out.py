@@ -56,6 +56,7 @@ class TrainingData:
         self._data = DataSettings.model_validate(record.settings["data"])
         self._kind: RowKind = record.row_kind
         self._training = TrainingSettings.model_validate(record.settings["training"])
+        self._num_examples: int = record.data["num_examples"]
         self._source: Source | None = None
         self.note: str | None = None
         self._held_out: frozenset[int] = frozenset()  # the validation share, by number among what is read
@@ -87,6 +88,10 @@ class TrainingData:
     def answers(self) -> Iterator[Example]:
         """Yield the examples whose answers were to be learnt, not those to turn away from."""
         return (example for example in self.examples() if not example.is_rejected)
+
+    def count_answers(self) -> int:
+        """Return how many ``answers`` there are."""
+        return sum(1 for _ in self.answers()) if self._kind == "labelled" else self._num_examples
 
     def hold_out_share(self, recipe: PromptRecipe, tokenizer: Any) -> list[EvaluationRow]:
         """Return the rows of the run's validation share, and leave them out of ``examples`` from now on."""

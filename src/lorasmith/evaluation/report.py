@@ -170,10 +170,11 @@ def make_report(
     sets = choose_questions(run_dir, record, training, settings, tuned.chat.recipe, tokenizer)
     rows = [row for question_set in sets for row in question_set.rows]
     is_of_texts = record.row_kind == "documents"
+    num_answers = training.count_answers()
     trained_rows = (
         []  # texts are no questions
         if is_of_texts
-        else sample_training(training.answers(), record.data["num_examples"], settings.max_training_questions)
+        else sample_training(training.answers(), num_answers, settings.max_training_questions)
     )
 
     def ask(side: KeptChat, name: str, some: Sequence[EvaluationRow], max_tokens: int) -> AnswersReport:
@@ -252,7 +253,7 @@ def make_report(
         held_out=held_out,
         text=text,
         trained=trained,
-        trained_of=record.data["num_examples"],
+        trained_of=num_answers,
         probe=probe,
         metrics=tuple(metrics),
         receipt=receipt,
