@@ -121,3 +121,12 @@ def test_an_unknown_row_is_told_the_nearest_format():
     assert "keys found: instructions, outputs" in text
     assert "nearest format is Alpaca rows (instruction, output)" in text
     assert "preference rows" in explain_unknown({"prompt": "", "chosen": "", "rejected": ""})
+    judged = {"text": "x", "prompt": "Why?", "completion": "So.", "label": True}
+    assert detect_format(judged, "documents") is None
+    assert "kto learns answers. If its text is to be learnt" in explain_unknown(judged, "documents")
+
+
+def test_a_text_may_have_a_class_as_its_label():
+    for label in (1, True, "positive"):
+        found = detect_format({"text": "A good film.", "label": label}, "documents")
+        assert found is FORMATS["text"]

@@ -209,9 +209,7 @@ def detect_format(fields: Mapping[str, Any], kind: RowKind = "answers") -> Forma
     Neither a pair of answers nor a labelled one, which may be a bad one, is an answer to learn; and a row with an
     answer is never a plain text.
     """
-    if kind == "documents" and any(
-        detect_format(fields, other) for other in ("answers", "pairs", "labelled")
-    ):
+    if kind == "documents" and (detect_format(fields) or _is_pair(fields) or _is_labelled(fields)):
         return None
     if kind == "answers" and (_is_pair(fields) or _is_labelled(fields)):
         return None
@@ -258,11 +256,13 @@ def explain_unknown(fields: Mapping[str, Any], kind: RowKind = "answers") -> str
             f"{describe_keys(fields)}: a row with one answer. This objective needs preference rows (prompt, chosen, "
             "rejected); objective.name=sft trains on answers."
         )
-    if kind == "documents" and (other := detect_format(fields) or detect_format(fields, "pairs")):
+    labelled = FORMATS["labelled"] if _is_labelled(fields) else None
+    if kind == "documents" and (other := detect_format(fields) or detect_format(fields, "pairs") or labelled):
+        objective = {"pairs": "dpo", "labelled": "kto"}.get(other.kind, "sft")
         takes_text = " If its text is to be learnt: data.format=text." if "text" in fields else ""
         return (
             f"{describe_keys(fields)}: a row of {other.title}. objective.name=text learns plain texts (text) from the "
-            f"first to the last token; objective.name={'dpo' if other.kind == 'pairs' else 'sft'} learns answers."
+            f"first to the last token; objective.name={objective} learns answers."
             f"{takes_text}"
         )
     if kind != "documents" and detect_format(fields, "documents"):
