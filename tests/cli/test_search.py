@@ -156,12 +156,15 @@ def test_only_low_rank_methods_have_ranks_to_try(played):
     assert spaces["vera"].ranks == spaces["full"].ranks == ()
 
 
-def test_rates_are_tried_around_the_one_that_the_run_would_choose(played):
-    of_answers, of_pairs = (
-        space_of(load_run_file("run.yaml", ["training.learning_rate=auto", f"objective.name={name}"], {}))
-        for name in ("sft", "dpo")
-    )
+def test_rates_are_tried_around_the_one_that_the_run_would_choose(played, tmp_path):
+    pair = {"prompt": "Who?", "chosen": "We.", "rejected": "They."}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair] * 4))
+    auto = ["training.learning_rate=auto"]
+    of_answers = space_of(load_run_file("run.yaml", auto, {}))
+    of_pairs = space_of(load_run_file("run.yaml", [*auto, "objective.name=dpo", "data.train=pairs.json"], {}))
     assert of_pairs.rate == pytest.approx(of_answers.rate / 20)
+    long = space_of(load_run_file("run.yaml", [*auto, "training.epochs=501"], {}))
+    assert long.rate == pytest.approx(of_answers.rate / 1.5)
 
 
 def test_the_time_between_a_crash_and_the_next_start_is_not_counted(played, tmp_path):

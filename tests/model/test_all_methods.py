@@ -15,8 +15,9 @@ from lorasmith.generation.chat import Chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.adapter import save_adapter
 from lorasmith.model.adapter_folder import read_adapter_config
+from lorasmith.model.boft import spare_boft_kernel
 from lorasmith.model.method_settings import METHODS
-from lorasmith.model.methods import attach_adapter, count_trainable, spare_boft_kernel
+from lorasmith.model.methods import attach_adapter, count_trainable
 from lorasmith.model.run_record import read_run_record
 
 D, MLP, KV, LAYERS, VOCAB = 32, 64, 16, 2, 400
@@ -182,6 +183,13 @@ def test_a_start_inside_the_base_is_the_base(name):
     changed = adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
     assert not torch.equal(changed, make_tiny_model("llama").model.layers[0].self_attn.q_proj.weight)
     assert torch.allclose(adapted(ids).logits, before, atol=1e-4)
+
+
+def test_the_kinds_whose_b_starts_at_zero_learn_at_a_higher_rate_in_short_runs():
+    for name in ("lora", "rslora", "dora"):
+        assert [METHODS[name]().rate_multiple_for(n) for n in (1, 500, 501)] == [15, 15, 10]
+    for name, multiple in (("full", 1), ("pissa", 2), ("lora_plus", 2.5), ("oft", 10)):
+        assert {METHODS[name]().rate_multiple_for(n) for n in (1, 500, 501)} == {multiple}
 
 
 def test_lora_plus_gives_b_its_own_rate():

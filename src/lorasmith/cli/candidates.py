@@ -8,13 +8,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from lorasmith.cli.run_file import RunFile, load_run_file, parse_setting
 from lorasmith.errors import SettingsError
 from lorasmith.model.method_settings import METHODS
+
+if TYPE_CHECKING:
+    from lorasmith.data.dataset import TokenizedDataset
 
 # What must be the same for numbers to be comparable. The budget is looked at apart: steps may differ in size.
 _ALIKE = (
@@ -118,7 +121,11 @@ def with_budget(candidates: Sequence[Candidate], num_tokens: int) -> tuple[list[
 
     Tokens of the examples count, prompts included, as if no prefix were shared.
     """
-    of_an_epoch, num_steps = _size_of_an_epoch(candidates[0].run_file)
+    from lorasmith.data.tokens import num_rows
+
+    first = candidates[0].run_file
+    rows = _rows_to_train(first)
+    of_an_epoch, num_steps = int(rows.lengths.sum()), first.training.steps_per_epoch(num_rows(rows))
     if num_tokens < of_an_epoch / num_steps / 2:  # one step would be taken all the same
         raise SettingsError(
             f"--tokens {num_tokens} is not even one step, which has about {of_an_epoch / num_steps:,.0f} tokens. "
@@ -128,6 +135,13 @@ def with_budget(candidates: Sequence[Candidate], num_tokens: int) -> tuple[list[
     epochs = round(share, 4) or float(f"{share:.2g}")
     budget = {"epochs": epochs, "max_steps": None}
     return [replace(c, run_file=change(c.run_file, training=budget)) for c in candidates], epochs
+
+
+def num_steps_of(run_file: RunFile) -> int:
+    """Return the steps of a whole run; reads its data."""
+    from lorasmith.data.tokens import num_rows
+
+    return run_file.training.num_steps(num_rows(_rows_to_train(run_file)))
 
 
 def check_budgets(candidates: Sequence[Candidate]) -> None:
@@ -194,8 +208,7 @@ def _value(run_file: RunFile, section: str, key: str | None) -> Any:
     return values if key is None else values[key]
 
 
-def _size_of_an_epoch(run_file: RunFile) -> tuple[int, int]:
-    """Return the tokens and the steps of one epoch."""
+def _rows_to_train(run_file: RunFile) -> "TokenizedDataset":
     from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.model.base import load_tokenizer, resolve_base
@@ -207,4 +220,4 @@ def _size_of_an_epoch(run_file: RunFile) -> tuple[int, int]:
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, kind)
     every = prepare_dataset(run_file.data, recipe, tokenizer, kind=kind)
     kept, _ = split_dataset(every, run_file.training)
-    return int(every.rows(kept).lengths.sum()), run_file.training.steps_per_epoch(len(kept))
+    return every.rows(kept)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.cli.apart import Metrics, read_newest, train_apart
-from lorasmith.cli.candidates import Candidate, change
+from lorasmith.cli.candidates import Candidate, change, num_steps_of
 from lorasmith.cli.run_file import RunFile, write_run_file
 from lorasmith.errors import MissingExtraError, SettingsError, TrainingError
 
@@ -181,7 +181,7 @@ def space_of(run_file: RunFile) -> Space:
         trusts = run_file.base.trust_remote_code
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts)
         text = config.get_text_config()
-        multiple = method.rate_multiple * run_file.objective.rate_multiple
+        multiple = method.rate_multiple_for(num_steps_of(run_file)) * run_file.objective.rate_multiple
         rate = suggest_learning_rate(text.model_type, text.hidden_size, multiple)
     own = getattr(method, "r", None) if hasattr(method, "lora_alpha") else None
     return Space(rate, () if own is None else (own, *(r for r in _RANKS if r != own)))

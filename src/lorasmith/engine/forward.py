@@ -37,6 +37,7 @@ from lorasmith.engine.linear import choose_product_dtype, count_unfused, restore
 from lorasmith.engine.loss import cross_entropies
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import SettingsError
+from lorasmith.model.boft import rotate_by_blocks, rotate_by_matrices
 from lorasmith.model.methods import num_virtual_tokens
 from lorasmith.packing.cost import PackCost
 from lorasmith.packing.trie import Pack, pack_examples
@@ -103,10 +104,13 @@ class PackForward:
         restore_layers(self._decoder)
         if settings.fused_lora:
             speed_up_lora(base, self._product_dtype)
+            rotate_by_blocks(base)
             if num_unfused := count_unfused(base):
                 notes.append(
                     f"{num_unfused} adapted layers are computed by PEFT: the method is not plain LoRA"
                 )
+        else:
+            rotate_by_matrices(base)
         self._frozen: dict[str, FrozenStates] = {}
         self._cut = 0
         if settings.reuse_frozen_layers and self.packed and dropout == 0.0:

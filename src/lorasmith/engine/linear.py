@@ -26,6 +26,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lorasmith.model.boft import rotates_by_blocks
 from lorasmith.model.device import measure_cpu
 
 _Layer = Any  # PEFT's LoRA on a linear layer: a LoraLayer and a Module at once, which its types do not say
@@ -55,9 +56,11 @@ def speed_up_lora(model: nn.Module, product_dtype: torch.dtype | None = None) ->
 
 
 def count_unfused(model: nn.Module) -> int:
-    """Return how many adapted layers are left to PEFT's own forward: all but plain LoRA's."""
+    """Return how many adapted layers are left to PEFT's own forward: all but plain LoRA's and BOFT's by blocks."""
     return sum(
-        isinstance(module, BaseTunerLayer) and not (_is_known(module) and not module.lora_variant)
+        isinstance(module, BaseTunerLayer)
+        and not (_is_known(module) and not module.lora_variant)
+        and not rotates_by_blocks(module)
         for module in model.modules()
     )
 

@@ -21,7 +21,9 @@ class EngineSettings(BaseModel):
     )
     chunked_loss: bool = Field(default=True, description="logits for learnt tokens only, a chunk at a time")
     fused_lora: bool = Field(
-        default=True, description="compute a layer and its adapter as one function that keeps its input once"
+        default=True,
+        description="compute a layer and its LoRA as one function that keeps its input once, and BOFT's rotation "
+        "by its blocks; false: by PEFT's own layers",
     )
     product_dtype: Literal["auto", "float32", "same"] = Field(
         default="auto",

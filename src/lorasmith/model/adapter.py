@@ -13,7 +13,8 @@ from lorasmith.errors import AdapterError, first_line
 from lorasmith.files import whole_folder, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, PREFIX, WEIGHTS, check_finite, read_adapter_config
 from lorasmith.model.adapter_folder import named_base as named_base
-from lorasmith.model.methods import spare_boft_kernel, start_of
+from lorasmith.model.boft import rotate_by_blocks, spare_boft_kernel
+from lorasmith.model.methods import start_of
 from lorasmith.model.quiet import quiet_loading
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    if read_adapter_config(folder)["peft_type"] == "BOFT":
+    is_boft = read_adapter_config(folder)["peft_type"] == "BOFT"
+    if is_boft:
         spare_boft_kernel()
     weights = read_adapter_weights(folder)
     _check_fits(model, weights, folder)
@@ -117,6 +119,8 @@ def load_adapter(model: "PreTrainedModel", folder: Path, *, trainable: bool = Fa
             f"The adapter {folder} is not complete: {len(absent)} tensors that its {CONFIG} asks for are "
             f"missing from {WEIGHTS}, such as {min(absent)}. Copy it again."
         )
+    if is_boft:
+        rotate_by_blocks(adapted)
     return adapted if trainable else adapted.eval()
 
 

@@ -12,7 +12,8 @@
     full                        nothing beside them: the weights themselves
 
 ``to_peft`` of each maps it to PEFT's own config. ``rate_multiple`` says how high its learning rate is beside that of
-full fine-tuning: LoRA's is that of "LoRA Without Regret"; the others are the orders of magnitude of their papers.
+full fine-tuning: LoRA's is that of "LoRA Without Regret" (Schulman et al. 2025), 10 and in short runs 15, since B
+starts at zero and A learns next to nothing until B has grown; the others are the orders of magnitude of their papers.
 """
 
 import math
@@ -22,6 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+SHORT_RUN = 500  # steps
+_SHORT_LORA = 15.0
 
 Names = Literal["all-linear"] | tuple[str, ...]
 
@@ -39,6 +43,14 @@ class _Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rate_multiple: ClassVar[float] = 10.0
+    short_rate_multiple: ClassVar[float | None] = (
+        None  # of runs of at most SHORT_RUN steps, where it is another
+    )
+
+    def rate_multiple_for(self, num_steps: int) -> float:
+        """Return how high the learning rate of a run of ``num_steps`` is beside that of full fine-tuning."""
+        is_short = num_steps <= SHORT_RUN and self.short_rate_multiple is not None
+        return self.short_rate_multiple if is_short else self.rate_multiple  # type: ignore[return-value]
 
     @property
     def uses_virtual_tokens(self) -> bool:
@@ -100,6 +112,8 @@ class _LowRank(_OnLinearLayers):
 class LoraSettings(_LowRank):
     """Low-rank adapters: Hu et al. 2021, arXiv 2106.09685."""
 
+    short_rate_multiple = _SHORT_LORA
+
     name: Literal["lora"] = Field(default="lora", description=_NAME)
     use_rslora: bool = Field(
         default=False, description="Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."
@@ -114,6 +128,8 @@ class LoraSettings(_LowRank):
 class RsLoraSettings(_LowRank):
     """LoRA scaled by lora_alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732."""
 
+    short_rate_multiple = _SHORT_LORA
+
     name: Literal["rslora"] = Field(default="rslora", description=_NAME)
     lora_alpha: float = Field(
         default=8, gt=0, description="The adapter's output is scaled by lora_alpha / sqrt(r)."
@@ -123,6 +139,8 @@ class RsLoraSettings(_LowRank):
 
 class DoraSettings(_LowRank):
     """LoRA on the direction of each row of W, its length trained apart: Liu et al. 2024, arXiv 2402.09353."""
+
+    short_rate_multiple = _SHORT_LORA
 
     name: Literal["dora"] = Field(default="dora", description=_NAME)
     _more = {"use_dora": True}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasmith.errors import SettingsError
+from lorasmith.model.boft import spare_boft_kernel
 from lorasmith.model.method_settings import (
     AdaLoraSettings,
     AdapterSettings,
@@ -127,14 +128,6 @@ def num_virtual_tokens(model: torch.nn.Module) -> int:
     """Return how many virtual tokens stand before every text; 0 for methods that have none."""
     config: Any = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
-
-
-def spare_boft_kernel() -> None:
-    """Keep PEFT from building BOFT's CUDA kernel where there is no CUDA: it would try anew for every layer."""
-    if not torch.cuda.is_available():
-        from peft.tuners.boft import layer
-
-        layer._FBD_CUDA = False
 
 
 def start_of(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:

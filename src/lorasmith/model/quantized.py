@@ -7,6 +7,7 @@ The output head, the embeddings and the norms stay as they are.
 """
 
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.errors import MissingExtraError
@@ -86,6 +87,8 @@ def make_trainable(model: "PreTrainedModel") -> "PreTrainedModel":
         # are wrong, with one warning (bitsandbytes 0.50). Without that kernel they are right.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    # Its int8 product says at every call that it rounds its inputs to float16: that is the method, and no fault.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     _let_go_of_files(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

@@ -214,10 +214,10 @@ def prepare_job(
     forward = PackForward(model, engine)
     rate = training.learning_rate
     if rate == "auto":
-        multiple = method.rate_multiple * objective.rate_multiple
+        multiple = method.rate_multiple_for(num_steps) * objective.rate_multiple
         config = model.config.get_text_config()
         rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
-        say(f"Learning rate: {rate:.2g} (from the base's hidden size {config.hidden_size})")
+        say(f"Learning rate: {rate:.2g} (for a hidden size of {config.hidden_size} and {num_steps:,} steps)")
     say(_describe_size(model, method))
     for note in forward.notes:
         say(f"Note: {note}")

@@ -23,7 +23,7 @@ _USUAL_EXPONENT = 0.781  # fitted on Llama models
 def suggest_learning_rate(model_type: str, hidden_size: int, multiple: float = _LORA_MULTIPLE) -> float:
     """Return 5e-5 * 10 * (2000 / hidden_size)^p, the fit of "LoRA Without Regret" over model sizes.
 
-    ``multiple`` of full fine-tuning's rate is 10 for LoRA; other methods bring their own.
+    ``multiple`` of full fine-tuning's rate is 10 for LoRA, 15 in short runs; other methods bring their own.
 
     Source: Schulman et al. 2025 and the tinker cookbook's ``get_lr``; p is 0.781 for Llama, 0.0775 for Qwen.
     SmolLM2-135M (hidden size 576) gets 1.3e-3, an 8B Llama (4096) 2.9e-4.

@@ -38,7 +38,8 @@ class TrainingSettings(BaseModel):
     )
     learning_rate: float | Literal["auto"] = Field(
         default="auto",
-        description="highest learning rate; auto: from the base's hidden size (5e-4 * (2000 / size)^0.781)",
+        description="highest learning rate; auto: by the method, the base's hidden size and the run's length: of LoRA "
+        "5e-4 * (2000 / size)^0.781, half as much again in up to 500 steps",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine",
