@@ -159,7 +159,10 @@ def test_only_low_rank_methods_have_ranks_to_try(played):
 def test_rates_are_tried_around_the_one_that_the_run_would_choose(played, tmp_path):
     pair = {"prompt": "Who?", "chosen": "We.", "rejected": "They."}
     (tmp_path / "pairs.json").write_text(json.dumps([pair] * 4))
-    auto = ["training.learning_rate=auto"]
+    (tmp_path / "four.json").write_text(
+        json.dumps([{"instruction": f"Who is {n}?", "output": "We."} for n in range(4)])
+    )
+    auto = ["training.learning_rate=auto", "data.train=four.json"]
     of_answers = space_of(load_run_file("run.yaml", auto, {}))
     of_pairs = space_of(load_run_file("run.yaml", [*auto, "objective.name=dpo", "data.train=pairs.json"], {}))
     assert of_pairs.rate == pytest.approx(of_answers.rate / 20)
