@@ -9,6 +9,7 @@ both sides, so what differs are the adapted layers alone. Losses must agree. Met
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -41,7 +42,8 @@ def main() -> None:
             DeviceChoice(torch.device("cpu"), torch.float32, "for the comparison"),
         )
         pack = make_pack(arguments.tokens // (EXAMPLE_TOKENS - 1), model.config.vocab_size)
-        model = attach_adapter(model, METHODS[name](), seed=0, num_steps=1000).train()
+        method: Any = METHODS[name]()
+        model = attach_adapter(model, method, seed=0, num_steps=1000).train()
         fast, plain = [], []
         for _ in range(arguments.rounds + 1):  # the first brings the weights in
             ours, loss = one_pass(model, pack, fused=True)
