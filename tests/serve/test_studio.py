@@ -339,8 +339,11 @@ def go_to(page, tab):
 
 
 def choose(field, option):
-    """Choose from a list by keys alone."""
+    """Choose from a list by keys alone, once it is open: on a busy machine Enter can come before it is."""
+    from playwright.sync_api import expect
+
     field.fill(option)
+    expect(field.page.get_by_role("option", name=option, exact=True)).to_be_visible()
     field.press("Enter")
 
 

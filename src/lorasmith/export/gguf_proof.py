@@ -71,9 +71,18 @@ class GgufProof:
             raise ExportError(
                 f"llama.cpp answers {self.num_same_answers} of {self.num_questions} questions as the merged model does "
                 f"(at {self.quant} at least {least:.0%} are needed), so nothing was kept. Where they part, the merged "
-                f"model preferred its own token by these logits: {margins}. Export with a finer --quant, or without "
-                "--prove if you have judged the answers yourself."
+                f"model preferred its own token by these logits: {margins}. {self._what_transformers_says()}Export with "
+                "a finer --quant, or without --prove if you have judged the answers yourself."
             )
+
+    def _what_transformers_says(self) -> str:
+        if self.perplexity_gguf is None:
+            return ""
+        return (
+            f"From the file transformers answers {self.num_same_in_transformers} as the merged model does; logits move "
+            f"by up to {self.max_logit_difference:.2g}, and the perplexity goes from {self.perplexity_merged:.2f} to "
+            f"{self.perplexity_gguf:.2f}. "
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
