@@ -142,7 +142,9 @@ def test_the_file_holds_template_and_stop_tokens(tmp_path, run):
 def test_an_answer_that_parts_is_refused_and_leaves_nothing(tmp_path, run, monkeypatch):
     pytest.importorskip("xllamacpp")
     monkeypatch.setattr("lorasmith.export.gguf._rotary_order", lambda key, weight, config: weight)
-    with pytest.raises(ExportError, match=r"of 20 questions as the merged model does.*the perplexity goes from \d"):
+    with pytest.raises(
+        ExportError, match=r"of 20 questions as the merged model does.*the perplexity goes from \d"
+    ):
         export(run, tmp_path / "out", quants=["f32"], proves=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faq"]
 

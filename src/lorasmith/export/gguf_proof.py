@@ -71,8 +71,8 @@ class GgufProof:
             raise ExportError(
                 f"llama.cpp answers {self.num_same_answers} of {self.num_questions} questions as the merged model does "
                 f"(at {self.quant} at least {least:.0%} are needed), so nothing was kept. Where they part, the merged "
-                f"model preferred its own token by these logits: {margins}. {self._what_transformers_says()}Export with "
-                "a finer --quant, or without --prove if you have judged the answers yourself."
+                f"model preferred its own token by these logits: {margins}. {self._what_transformers_says()}"
+                "Export with a finer --quant, or without --prove if you have judged the answers yourself."
             )
 
     def _what_transformers_says(self) -> str:
