@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorasmith.data.dataset import Progress, TokenizedDataset
     from lorasmith.data.prompts import PromptRecipe
     from lorasmith.data.receipt import Receipt
+    from lorasmith.data.tokens import TokenizedExample
     from lorasmith.packing.plan import Gain
 
 EXIT_WRONG_ROWS = 2
@@ -251,12 +252,17 @@ def _bar(share: float) -> str:
     return ("█" * (eighths // 8) + _BAR_EIGHTHS[eighths % 8]).rstrip().ljust(_BAR_WIDTH)
 
 
+def _example_to_show(dataset: "TokenizedDataset") -> "TokenizedExample":
+    """Return the first example that is learnt: a good answer, where there is one."""
+    return dataset[int(np.argmin(dataset.is_rejected))]
+
+
 def _print_first_example(dataset: "TokenizedDataset", prompt: "PromptRecipe", reason: str, tokenizer) -> None:
     from lorasmith.data.preview import preview
 
     has_colour = console.color_system is not None
     how = "green" if has_colour else "in 「 」"
-    example = dataset[int(np.argmin(dataset.is_rejected))]  # a good answer, where there is one
+    example = _example_to_show(dataset)
     title = f"What the model sees of {escape(example.where)}; what it learns is {how}"
     asked = (
         " It is for asking only: texts are learnt without a template."
@@ -362,7 +368,7 @@ def _to_json(
     if gain is None:
         return report
     longest = np.argsort(dataset.uncut_lengths, kind="stable")[::-1][:_NUM_SHOWN].tolist()
-    first = dataset[int(np.argmin(dataset.is_rejected))]
+    first = _example_to_show(dataset)
     return report | {
         "tokens": {
             "all": int(dataset.lengths.sum()),

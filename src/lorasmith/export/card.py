@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 
 from lorasmith.files import write_whole
 from lorasmith.model.base import BUILT_IN_HUB_ID
+from lorasmith.model.method_settings import METHODS
 from lorasmith.model.run_record import RunRecord, read_run_record
 from lorasmith.model.settings import BUILT_IN
 
@@ -31,18 +32,8 @@ KINDS = {
     "full": "All weights",
 }
 PLAIN_LORA = ("lora", "rslora", "pissa", "olora", "lora_plus")  # what vLLM opens
-TWICE_THE_RANK = ("pissa", "olora")  # as it is saved (model/adapter.py)
-VLLM_RANKS = (
-    1,
-    8,
-    16,
-    32,
-    64,
-    128,
-    256,
-    320,
-    512,
-)  # what --max-lora-rank takes; adapters above it are refused
+# What --max-lora-rank takes; adapters above it are refused.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT = 16
 UNMERGED = ("prompt", "prefix", "p_tuning")  # no weight to fold in
 
@@ -172,7 +163,8 @@ def _use_pushed(place: str, record: RunRecord, method: str, is_whole: bool) -> s
     if is_whole:
         lines += [f"vllm serve {place}"]
     elif base and method in PLAIN_LORA:
-        rank = record.settings["method"]["r"] * (2 if method in TWICE_THE_RANK else 1)
+        # What starts inside the base is saved with twice the rank (model/adapter.py).
+        rank = record.settings["method"]["r"] * (2 if METHODS[method]().changes_base else 1)
         if room := next((room for room in VLLM_RANKS if room >= max(rank, _VLLM_DEFAULT)), None):
             more = f" --max-lora-rank {room}" if room > _VLLM_DEFAULT else ""
             lines += [f"vllm serve {base} --enable-lora{more} --lora-modules {name}={place}"]
