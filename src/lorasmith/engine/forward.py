@@ -101,6 +101,7 @@ class PackForward:
             self._product_dtype = torch.float32
             notes.append(f"the {str(base.dtype).removeprefix('torch.')} base is multiplied in float32")
         restore_lora(base)  # what an earlier PackForward made of it
+        rotate_by_matrices(base)
         restore_layers(self._decoder)
         if settings.fused_lora:
             speed_up_lora(base, self._product_dtype)
@@ -109,8 +110,6 @@ class PackForward:
                 notes.append(
                     f"{num_unfused} adapted layers are computed by PEFT: the method is not plain LoRA"
                 )
-        else:
-            rotate_by_matrices(base)
         self._frozen: dict[str, FrozenStates] = {}
         self._cut = 0
         if settings.reuse_frozen_layers and self.packed and dropout == 0.0:

@@ -2,8 +2,8 @@
 
     y = s * W (R x)     R orthogonal, of D blocks of H x H on its diagonal      Liu et al. 2023, arXiv 2311.06243
 
-PEFT writes R out as a matrix [D H, D H] and multiplies it with itself and with two more of its size, for every layer
-and every pass. Here the inputs are cut into their D blocks and each is multiplied with its own H x H: T D H^2
+PEFT writes R out as a matrix [D H, D H] and multiplies matrices of that size three times, for every layer and every
+pass. Here the inputs are cut into their D blocks and each is multiplied with its own H x H: T D H^2
 multiplications for T tokens in place of 3 (D H)^3 + T (D H)^2. One butterfly factor only; PEFT has no more without
 CUDA either.
 

@@ -43,14 +43,13 @@ class _Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rate_multiple: ClassVar[float] = 10.0
-    short_rate_multiple: ClassVar[float | None] = (
-        None  # of runs of at most SHORT_RUN steps, where it is another
-    )
+    short_rate_multiple: ClassVar[float | None] = None  # up to SHORT_RUN steps, where it is another
 
     def rate_multiple_for(self, num_steps: int) -> float:
         """Return how high the learning rate of a run of ``num_steps`` is beside that of full fine-tuning."""
-        is_short = num_steps <= SHORT_RUN and self.short_rate_multiple is not None
-        return self.short_rate_multiple if is_short else self.rate_multiple  # type: ignore[return-value]
+        if self.short_rate_multiple is not None and num_steps <= SHORT_RUN:
+            return self.short_rate_multiple
+        return self.rate_multiple
 
     @property
     def uses_virtual_tokens(self) -> bool:
