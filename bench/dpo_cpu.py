@@ -101,7 +101,9 @@ def compare(task: Task, setups: list[tuple[str, int]], warmup: int, rounds: int)
 
     def start(name: str, *command: str) -> Worker:
         log = Path(task.work_dir) / f"{name}.log"
-        return Worker(name, [*command], log, {"OMP_NUM_THREADS": str(task.threads)})
+        # The references of an earlier run must not be found: asking for them is part of the work.
+        environment = {"OMP_NUM_THREADS": str(task.threads), "LORASMITH_CACHE": f"{task.work_dir}/cache"}
+        return Worker(name, [*command], log, environment)
 
     contenders = BENCH / "contenders"
     workers = {"lorasmith": start("lorasmith", sys.executable, str(contenders / "dpo_lorasmith.py"), path)}

@@ -2,6 +2,7 @@
 
 import torch
 
+from conftest import make_tiny_model
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.base import BaseRef
 from lorasmith.model.method_settings import LoraSettings
@@ -10,12 +11,14 @@ from lorasmith.model.settings import BaseSettings
 from lorasmith.training.fit import Fit
 from lorasmith.training.job import (
     _choose_device,
+    _choose_rate,
     _recorded_fit,
     _set_threads,
     _with_fit,
+    _with_rate,
 )
 from lorasmith.training.same_run import setting_differences
-from lorasmith.training.settings import TrainingSettings
+from lorasmith.training.settings import ObjectiveSettings, TrainingSettings
 
 RECORDED = {"base": {"dtype": "bfloat16"}, "engine": {"threads": 1}}
 
@@ -34,6 +37,22 @@ def test_the_number_format_and_threads_of_the_first_start_stay():
         assert _set_threads(then, EngineSettings(threads=2), lambda line: None) == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_automatic_rate_of_the_first_start_stays():
+    def rate_of(then, rate="auto"):
+        training = TrainingSettings(learning_rate=rate)
+        model = make_tiny_model("llama")
+        return _choose_rate(then, training, LoraSettings(), ObjectiveSettings(), model, 20, lambda line: None)
+
+    def begun_with(rate):
+        return recorded().model_copy(update={"settings": {"training": {"learning_rate": rate}}})
+
+    found = rate_of(None)
+    assert rate_of(begun_with(found / 3)) == found / 3
+    assert rate_of(begun_with("auto")) == found  # a run.json of before the rate was recorded
+    assert rate_of(begun_with(found / 3), 1e-3) == 1e-3
+    assert _with_rate(begun_with("auto"), found).settings["training"]["learning_rate"] == found
 
 
 def settings(**changes):

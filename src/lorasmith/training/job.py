@@ -212,12 +212,7 @@ def prepare_job(
             model, engine, resolved, base, method, training.seed, num_steps, found["dtype"]
         )
     forward = PackForward(model, engine)
-    rate = training.learning_rate
-    if rate == "auto":
-        multiple = method.rate_multiple_for(num_steps) * objective.rate_multiple
-        config = model.config.get_text_config()
-        rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
-        say(f"Learning rate: {rate:.2g} (for a hidden size of {config.hidden_size} and {num_steps:,} steps)")
+    rate = _choose_rate(then, training, method, objective, model, num_steps, say)
     say(_describe_size(model, method))
     for note in forward.notes:
         say(f"Note: {note}")
@@ -261,7 +256,7 @@ def prepare_job(
     if resume_from is not None:
         assert then is not None, "a checkpoint to go on from lies beside its run.json"
         record = then.model_copy(update={"processes": team.count})
-    record = _with_fit(_with_engine(record, engine), fit)
+    record = _with_fit(_with_engine(_with_rate(record, rate), engine), fit)
     if team.is_first:
         write_run_record(run_dir, record)
     if team.is_first and resume_from is None:
@@ -640,6 +635,34 @@ def _settle_engine(
         found["compile"], reason = team.from_first(lambda: choose_compilation(base, num_tokens))
         say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
     return engine.model_copy(update=found)
+
+
+def _choose_rate(
+    then: RunRecord | None,
+    training: TrainingSettings,
+    method: MethodSettings,
+    objective: ObjectiveSettings,
+    model: PeftModel | PreTrainedModel,
+    num_steps: int,
+    say: Say,
+) -> float:
+    """Return the highest learning rate: as asked, as at the run's start, or for this model, method and length."""
+    if training.learning_rate != "auto":
+        return training.learning_rate
+    recorded = "auto" if then is None else then.settings["training"]["learning_rate"]
+    if recorded != "auto":
+        return float(recorded)
+    multiple = method.rate_multiple_for(num_steps) * objective.rate_multiple
+    config = model.config.get_text_config()
+    rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
+    say(f"Learning rate: {rate:.2g} (for a hidden size of {config.hidden_size} and {num_steps:,} steps)")
+    return rate
+
+
+def _with_rate(record: RunRecord, rate: float) -> RunRecord:
+    """Return ``record`` with what "auto" was found to be as learning rate."""
+    settings = {**record.settings, "training": {**record.settings["training"], "learning_rate": rate}}
+    return record.model_copy(update={"settings": settings})
 
 
 def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
