@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lorasmith.cli.run_file import load_run_file, prepare
-from lorasmith.evaluation.held_out import TrainingData, locate, sample_training
+from lorasmith.evaluation.held_out import TrainingData, choose_questions, locate, sample_training
+from lorasmith.evaluation.settings import ReportSettings
 
 
 @pytest.mark.parametrize("num_long", [0, 5])
@@ -28,6 +29,22 @@ def test_the_share_is_what_training_held_out(tiny_base_folder, tmp_path, num_lon
     assert all(row.reference in text for row, text in zip(share, texts(job.validation), strict=True))
     assert all(answer in text for answer, text in zip(kept, texts(job.dataset), strict=True))
     assert len(sample_training(training.examples(), len(kept), 3)) == 3
+
+
+def test_rows_of_the_validation_file_that_training_skipped_are_not_asked(tiny_base_folder, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(6)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    skipped = [{**rows[0], "prompt": "a?", "rejected": rows[0]["chosen"]}, {**rows[0], "chosen": " "}]
+    held_out = [{**row, "prompt": f"So, {row['prompt']}"} for row in rows[:3]]
+    (tmp_path / "held_out.json").write_text(json.dumps([skipped[0], *held_out, skipped[1]]))
+    words = [f"base.model={tiny_base_folder}", f"data.train={tmp_path / 'pairs.json'}", "objective.name=dpo"]
+    words += [f"data.validation={tmp_path / 'held_out.json'}", "base.device=cpu", "base.dtype=float32"]
+    job = prepare(load_run_file(None, words, {}), tmp_path / "run")
+    training = TrainingData(tmp_path / "run", job.record)
+    (asked,) = choose_questions(
+        tmp_path / "run", job.record, training, ReportSettings(), job.recipe, job.tokenizer
+    )
+    assert [row.question for row in asked.rows] == [row["prompt"] for row in held_out]
 
 
 def test_a_path_of_the_run_is_found_from_the_folders_above_it(tmp_path, monkeypatch):

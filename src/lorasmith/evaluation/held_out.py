@@ -178,7 +178,7 @@ def choose_questions(
             (
                 validation,
                 "validation file",
-                read_evaluation_rows(locate(validation, run_dir), record.row_kind),
+                read_evaluation_rows(locate(validation, run_dir), record.row_kind, skips_faults=True),
             )
         ]
     elif share:

@@ -8,11 +8,11 @@ from typing import TypeVar
 from lorasmith.data.example import Example, Message
 from lorasmith.data.formats import RowProblem, detect_format, explain_unknown
 from lorasmith.data.settings import RowKind
-from lorasmith.data.sources import BlankLine, RowFault, read_rows
+from lorasmith.data.sources import BlankLine, Row, RowFault, read_rows
 from lorasmith.errors import DataError
 from lorasmith.evaluation.facts import Keyword
 
-Row = TypeVar("Row")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,15 @@ def ask(question: str, reference: str, *keywords: Keyword) -> EvaluationRow:
     return EvaluationRow((Message("user", question),), reference, keywords)
 
 
-def read_evaluation_rows(source: str | Path, kind: RowKind = "answers") -> list[EvaluationRow]:
+def read_evaluation_rows(
+    source: str | Path, kind: RowKind = "answers", *, skips_faults: bool = False
+) -> list[EvaluationRow]:
     """Read a data file of any training format; a row may have ``keywords`` beside its keys.
 
     The reference of a pair is the chosen answer; an answer that is labelled false is no reference and left out. A
     keyword is a text, or a list of texts any of which will do: ["payday", ["4", "four"]]. ``kind`` is what the rows of
-    the run are that is judged: where they are labelled, a label of 1 or 0 is one here too.
+    the run are that is judged: where they are labelled, a label of 1 or 0 is one here too. ``skips_faults`` leaves out
+    what has no question with an answer, as training does with rows of its validation file.
 
     Raises: DataError naming the first row that is wrong, or that there is none.
     """
@@ -59,20 +62,12 @@ def read_evaluation_rows(source: str | Path, kind: RowKind = "answers") -> list[
     for row in read_rows(source):
         if isinstance(row, BlankLine):
             continue
-        if isinstance(row, RowFault):
-            raise DataError(f"{row.where}: {row.reason}{row.detail and f' ({row.detail})'}")
-        first, second = kinds
-        found = detect_format(row.fields, first) or detect_format(row.fields, second)
-        if found is None:
-            raise DataError(
-                f"{row.where}: no question with a reference answer. {explain_unknown(row.fields)}"
-            )
         try:
-            example, *_ = found.examples(row.fields, row.where)
-        except RowProblem as problem:
-            raise DataError(f"{row.where}: {problem.reason} ({problem.detail})") from None
-        if not example.question or example.question[-1].role != "user":
-            raise DataError(f"{row.where}: the turn before the last answer is not the user's.")
+            example = _read_example(row, kinds)
+        except DataError:
+            if skips_faults:
+                continue
+            raise
         keywords = _read_keywords(row.fields.get("keywords"), row.where)
         if not example.is_rejected:
             rows.append(EvaluationRow(example.question, example.answer, keywords, row.where))
@@ -81,7 +76,22 @@ def read_evaluation_rows(source: str | Path, kind: RowKind = "answers") -> list[
     return rows
 
 
-def spread_evenly(rows: Sequence[Row], most: int) -> list[Row]:
+def _read_example(row: Row | RowFault, kinds: Iterable[RowKind]) -> Example:
+    if isinstance(row, RowFault):
+        raise DataError(f"{row.where}: {row.reason}{row.detail and f' ({row.detail})'}")
+    found = next(filter(None, (detect_format(row.fields, kind) for kind in kinds)), None)
+    if found is None:
+        raise DataError(f"{row.where}: no question with a reference answer. {explain_unknown(row.fields)}")
+    try:
+        example, *_ = found.examples(row.fields, row.where)
+    except RowProblem as problem:
+        raise DataError(f"{row.where}: {problem.reason} ({problem.detail})") from None
+    if not example.question or example.question[-1].role != "user":
+        raise DataError(f"{row.where}: the turn before the last answer is not the user's.")
+    return example
+
+
+def spread_evenly(rows: Sequence[T], most: int) -> list[T]:
     """Return at most ``most`` of ``rows``, from all over them, in their order; the same ones every time."""
     if len(rows) <= most:
         return list(rows)
