@@ -191,7 +191,8 @@ def test_an_adapter_with_nan_and_an_unfinished_run_are_refused(run):
     with pytest.raises(AdapterError, match="NaN"), prepare(run, PLACE):
         pass
     write_run_record(run, record.model_copy(update={"result": None}))
-    with pytest.raises(HubError, match="has not been trained to its end"), prepare(run, PLACE):
+    way_out = f"to its end. Finish it: lorasmith train RUN.yaml --name {run.name} --resume"
+    with pytest.raises(HubError, match=way_out), prepare(run, PLACE):
         pass
 
 

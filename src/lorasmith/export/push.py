@@ -88,7 +88,8 @@ def prepare(
     record = read_run_record(run_dir)
     if record.result is None:
         raise HubError(
-            f"The run {run_dir} has not been trained to its end. Finish it: lorasmith train --resume"
+            f"The run {run_dir} has not been trained to its end. Finish it: lorasmith train RUN.yaml --name "
+            f"{run_dir.resolve().name} --resume"
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
