@@ -144,6 +144,19 @@ def test_money_is_spent_after_a_yes_only(launch, words, sky, tmp_path, monkeypat
     assert launch(*words, "--gpu", "L4:1", "--yes", "--resume").exit_code == 0
 
 
+def test_a_resumed_launch_keeps_its_bucket_where_another_cloud_has_become_cheaper(
+    launch, words, sky, tmp_path
+):
+    launch(*words, "--gpu", "L4:1", "--yes")
+    (before,) = read_records(tmp_path / "runs")
+    assert before.bucket.startswith("gs://")
+    sky.answer(**ANSWERS | {"offers": [offer("aws", "us-east-1", 0.3)]})
+    launch(*words, "--gpu", "L4:1", "--yes", "--resume")
+    assert sky.asked[-1][1]["task"]["file_mounts"]["/outputs"]["store"] == "gcs"
+    (after,) = read_records(tmp_path / "runs")
+    assert after.bucket == before.bucket
+
+
 def test_a_launch_is_looked_after_by_sky(launch, words, sky):
     launch(*words, "--gpu", "L4:1", "--yes")
     status = launch("status")
@@ -160,6 +173,8 @@ def test_a_launch_is_looked_after_by_sky(launch, words, sky):
         launch("down", "other")
     with pytest.raises(SettingsError, match="launch down takes one name, not 2"):
         launch("down", "one", "two")
+    with pytest.raises(SettingsError, match="launch status takes no name"):
+        launch("status", "faq")
     with pytest.raises(RunError, match="Nothing was launched from elsewhere"):
         launch("status", "--root", "elsewhere")
 
@@ -189,6 +204,13 @@ def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monk
         (("--serve", "--max-cost", "4"), "Put keys into LORASMITH_API_KEYS"),
         (("--resume",), "Nothing called faq was launched from here, so there is nothing to go on with"),
         (("base.device=cpu",), "base.device is cpu, which a rented GPU is not"),
+        (('report.data=["gone.json"]',), "gone.json does not exist"),
+        (("data.validation=gone.json",), "gone.json does not exist"),
+        (
+            ("data.validation=rows.json", "training.validation_share=0.2"),
+            "are set. Use one: the file, or a share",
+        ),
+        (("engine.shard_base=true", "method.name=dora"), "engine.shard_base does not go with:"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_rented(launch, words, sky, monkeypatch, more, said):

@@ -81,29 +81,36 @@ def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[
 
 def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimate"], dict[str, int]]:
     """Return what the run takes on each ``NAME[:N]``, computed without weights, and the disk that it needs."""
-    from lorasmith.data.dataset import prepare_dataset
     from lorasmith.data.prompts import choose_recipe
     from lorasmith.data.tokens import num_rows
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.model.gpus import find_gpu
-    from lorasmith.model.methods import check_method
     from lorasmith.packing.plan import predict_gain
+    from lorasmith.training.distributed import ALONE
     from lorasmith.training.estimate import disk_needed, estimate_on
-    from lorasmith.training.kto import check_objective
+    from lorasmith.training.job import check_settings
+    from lorasmith.training.read_rows import read_rows
     from lorasmith.training.rehearsal import Rehearsal, build_without_weights
-    from lorasmith.training.schedule import order_steps, split_dataset
+    from lorasmith.training.schedule import order_steps
 
     wanted = [find_gpu(name) for name in names]
     trusts, quantization = run_file.base.trust_remote_code, run_file.base.quantization
-    check_method(run_file.method, run_file.base)
-    check_objective(run_file.objective, run_file.method, run_file.training)
+    check_settings(run_file)
     base = resolve_base(run_file.base, fetches_weights=False)
     tokenizer = load_tokenizer(base, trust_remote_code=trusts)
     recipe, _ = choose_recipe(run_file.prompt, tokenizer, run_file.objective.kind)
-    every = prepare_dataset(run_file.data, recipe, tokenizer, kind=run_file.objective.kind)
-    kept, held_out = split_dataset(every, run_file.training)
-    dataset = every.rows(kept)
     training = run_file.training
+    rows = read_rows(
+        run_file.data,
+        training,
+        run_file.objective.kind,
+        recipe,
+        tokenizer,
+        say=lambda line: None,
+        progress=lambda what, share: None,
+        team=ALONE,
+    )
+    dataset = rows.dataset
     gain = predict_gain(dataset, training.batch_size, order=order_steps(dataset, training).examples_of)
     rehearsals: dict[str, Rehearsal] = {}
     estimates = []
@@ -134,8 +141,8 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
                 dtype,
             )
         )
-    validates = bool(held_out) or run_file.data.validation is not None
-    return estimates, disk_needed(rehearsals[dtype].model, dataset, run_file.training, validates=validates)
+    disk = disk_needed(rehearsals[dtype].model, dataset, training, validates=rows.validation is not None)
+    return estimates, disk
 
 
 def _print_estimates(estimates: list["Estimate"]) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lorasmith.cli.console import console
 from lorasmith.cli.estimate import estimate_on_gpus
+from lorasmith.cli.report import check_held_out
 from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.cli.train import choose_run_dir
 from lorasmith.cloud import launch as sky
@@ -128,17 +129,19 @@ def command(
         run_file = load_run_file(path, words)
         if serve:
             _check_serve(nodes, spot, max_cost)
+        check_held_out(run_file.report, run_file.objective.kind)  # there it would end a rented machine's work
         quotes = _quote(run_file, gpu, cloud, nodes, spot)
+        runs, name = Path(run_file.run.root), choose_run_dir(run_file).name
+        earlier = _bucket_of(name, runs) if resume else None
         launch = Launch(
-            name=choose_run_dir(run_file).name,
-            bucket=Bucket.parse(bucket or _default_bucket(quotes[0])),
+            name=name,
+            bucket=Bucket.parse(bucket or earlier or _default_bucket(quotes[0])),
             nodes=nodes,
             needs_built_in=run_file.base.model == BUILT_IN,
             secrets=_secrets(secret or [], serve),
             serve_port=port if serve else None,
             budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
         )
-        runs = Path(run_file.run.root)
         if not dry_run:
             _check_new(launch.name, runs, resume)
         with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
@@ -287,6 +290,11 @@ def _default_bucket(quote: Quote) -> str:
     return f"{scheme}://lorasmith-{hashlib.sha256(owner.encode()).hexdigest()[:16]}"
 
 
+def _bucket_of(name: str, root: Path) -> str | None:
+    """Return where the copy of an earlier launch lies: the cheapest cloud of today may be another one."""
+    return next((record.bucket for record in read_records(root) if record.name == name), None)
+
+
 def _check_new(name: str, root: Path, resume: bool) -> None:
     known = any(record.name == name for record in read_records(root))
     if known and not resume:
@@ -352,6 +360,8 @@ def _act(action: str, words: Sequence[str], root: Path) -> None:
     if len(words) > 1:
         raise SettingsError(f"lorasmith launch {action} takes one name, not {len(words)}.")
     if action == "status":
+        if words:
+            raise SettingsError("lorasmith launch status takes no name: it shows every launch.")
         _print_records(root)
         machines, jobs = sky.run_sky(["status"]), sky.run_sky(["jobs", "queue"])
         raise typer.Exit(machines or jobs)

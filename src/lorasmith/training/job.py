@@ -125,6 +125,23 @@ class TrainingJob:
         return self.training.num_steps(num_rows(self.dataset))
 
 
+def check_settings(asked: RunSettings) -> None:
+    """Refuse settings that do not go together, as far as it is seen without data and base.
+
+    Raises:
+        SettingsError: names those that do not.
+    """
+    data, training = asked.data, asked.training
+    check_method(asked.method, asked.base)
+    check_objective(asked.objective, asked.method, training)
+    check_sharding(asked.engine, asked.method, asked.base, asked.run)
+    if data.validation is not None and training.validation_share > 0:
+        raise SettingsError(
+            f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
+            "are set. Use one: the file, or a share of the training data."
+        )
+
+
 def prepare_job(
     run_dir: Path,
     asked: RunSettings,
@@ -149,14 +166,7 @@ def prepare_job(
     engine, training, objective, output = asked.engine, asked.training, asked.objective, asked.run
     settings = asked.model_dump(mode="json")
     check_trackers(output.trackers)
-    check_method(method, base)
-    check_objective(objective, method, training)
-    check_sharding(engine, method, base, output)
-    if data.validation is not None and training.validation_share > 0:
-        raise SettingsError(
-            f"Both data.validation ({data.validation}) and training.validation_share ({training.validation_share:g}) "
-            "are set. Use one: the file, or a share of the training data."
-        )
+    check_settings(asked)
     then = _read_record(run_dir, team)
     threads = _set_threads(then, engine, say, team)
     choice = _choose_device(then, base, method, team)
