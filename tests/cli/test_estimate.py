@@ -94,6 +94,24 @@ def test_for_a_gpu_a_quantised_base_takes_its_own_size(kind, a_number, a_row, lo
     assert saved == pytest.approx(4 * numbers - numbers * a_number - num_outputs * a_row, abs=8)
 
 
+def test_of_a_sharded_base_a_gpu_holds_its_part_and_two_gathered_layers(lorasmith, words):
+    """All of both layers are the two gathered ones, so an eighth comes on top: 4 bytes for each weight and norm."""
+
+    def estimate(*more):
+        return json.loads(lorasmith("estimate", *words, "--gpu", "T4:8", "--json", *more).output)[
+            "estimates"
+        ][0]
+
+    whole, sharded = estimate(), estimate("engine.shard_base=true")
+    of_layers = 4 * 2 * (32 * 224 + 64 * 32 + 2 * 32)
+    weights = "weights of base and adapter"
+    assert sharded["parts"][weights] - whole["parts"][weights] == of_layers / 8
+    assert (sharded["micro_batch_tokens"], sharded["gradient_checkpointing"]) == (16384, True)  # not measured
+    assert (whole["is_sharded"], sharded["is_sharded"]) == (False, True)
+    said = lorasmith("estimate", *words, "--gpu", "T4:8", "engine.shard_base=true").output
+    assert "without the traffic of the sharded base, validation and saving" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("more", [(), ("--gpu", "Slow")])
 def test_what_goes_through_without_gradient_is_in_the_time(more, lorasmith, words, tmp_path, monkeypatch):
     from lorasmith.model import gpus

@@ -127,7 +127,6 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
                 quantization=quantization,
             )
             rehearsals[dtype] = Rehearsal(sketch, run_file.engine, quantization)
-        checkpointing = run_file.engine.gradient_checkpointing
         estimates.append(
             estimate_on(
                 gpu,
@@ -137,7 +136,7 @@ def estimate_on_gpus(run_file: RunFile, names: list[str]) -> tuple[list["Estimat
                 training,
                 run_file.objective,
                 gain,
-                checkpointing,
+                run_file.engine,
                 dtype,
             )
         )
@@ -183,10 +182,11 @@ def _print_estimates(estimates: list["Estimate"]) -> None:
 def _basis(estimate: "Estimate") -> str:
     if estimate.fit is not None and estimate.fit.seconds_per_token:
         return f"Peak and time: {estimate.how}. Validation and saving come on top."
+    traffic = "the traffic of the sharded base, " if estimate.is_sharded else ""
     return (
         "All of it is computed, not measured: memory by a rehearsal without weights, plus 15% for the allocator and "
         "0.8 GiB for CUDA; time at 25% to 50% of the GPU's peak rate, and 8 µs for each operation at least, without "
-        "validation and saving."
+        f"{traffic}validation and saving."
     )
 
 

@@ -190,6 +190,11 @@ def _quote(
             f"{' or '.join(seconds)} in SkyPilot's catalog. Try another --gpu, or without --spot or --cloud."
         )
     _print_quotes(quotes)
+    if any(estimate.is_sharded for estimate in estimates):
+        console.print(
+            "The base is sharded, and the times are without the traffic of its layers, which can take longer than "
+            "the computing (docs/scale.md)."
+        )
     return quotes
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lorasmith.data.tokens import TokenizedExample, num_rows
 from lorasmith.engine.forward import PackForward
+from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.gpus import Gpu
 from lorasmith.model.memory import free_bytes
 from lorasmith.packing.plan import Gain
@@ -50,6 +51,7 @@ class Estimate:
     )
     seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
     is_bound_by_starts: bool = False
+    is_sharded: bool = False  # seconds are then without the traffic of the base's layers
 
     @property
     def peak_bytes(self) -> int:
@@ -72,6 +74,7 @@ class Estimate:
             "seconds_per_step": self.seconds and [s / self.num_steps for s in self.seconds],
             "seconds": self.seconds and list(self.seconds),
             "is_bound_by_starts": self.is_bound_by_starts,
+            "is_sharded": self.is_sharded,
         }
 
 
@@ -117,18 +120,28 @@ def estimate_on(
     training: TrainingSettings,
     objective: ObjectiveSettings,
     gain: Gain,
-    checkpointing: bool | str,
+    engine: EngineSettings,
     dtype: str,
 ) -> Estimate:
     """Return what a run would take on ``count`` GPUs of a kind; ``rehearsal`` is of the model in ``dtype``.
 
-    Each of several GPUs holds the whole model and takes its share of every step's examples.
+    Each of several GPUs takes its share of every step's examples and holds the whole model. With ``engine.shard_base``
+    it holds its part of the layers; nothing is measured before such a run, so its packs are as large as they are set.
     """
-    weights, training_bytes = rehearsal.weight_bytes, bytes_of_training(rehearsal.model)
+    is_sharded = engine.shard_base and count > 1
+    checkpointing = engine.gradient_checkpointing
+    weights = rehearsal.weight_bytes_of_share(count) if is_sharded else rehearsal.weight_bytes
+    training_bytes = bytes_of_training(rehearsal.model)
     room = gpu.memory_bytes - _CUDA_CONTEXT - weights - training_bytes
     one_gpu = training.model_copy(update={"batch_size": -(-training.batch_size // count)})
     fit, activations, pack = fit_computed(
-        rehearsal, dataset, one_gpu, checkpointing, torch.device("cuda"), room
+        rehearsal,
+        dataset,
+        one_gpu,
+        checkpointing is not False if is_sharded else checkpointing,
+        torch.device("cuda"),
+        room,
+        may_shrink=not is_sharded,
     )
     num_tokens = tokens_to_compute(gain, num_rows(dataset), training, rehearsal.forward)
     num_asked = tokens_to_ask(gain, num_rows(dataset), training, objective, rehearsal.forward)
@@ -159,6 +172,7 @@ def estimate_on(
         num_asked=num_asked,
         seconds=seconds,
         is_bound_by_starts=is_bound_by_starts,
+        is_sharded=is_sharded,
     )
 
 

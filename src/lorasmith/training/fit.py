@@ -229,14 +229,19 @@ def fit_computed(
     checkpointing: bool | str,
     device: torch.device,
     room: int,
+    *,
+    may_shrink: bool = True,
 ) -> tuple[Fit | None, int, Rehearsed]:
     """Return the cut for a ``device`` with ``room`` bytes for a pack, its bytes, and its heaviest pack's rehearsal.
 
-    None for the cut: not even the longest example alone fits; the rest then tells what that would take.
+    None for the cut: not even the longest example alone fits, or, where packs may not shrink, not the largest; the rest
+    then tells what that would take.
     """
     chooser = _Chooser(dataset, training, rehearsal, device)
     can = rehearsal.forward.can_checkpoint
     rungs = list(_rungs(chooser.most_tokens, longest_input(dataset), checkpointing, can))
+    if not may_shrink:
+        rungs = rungs[:1]
     rung = next((rung for rung in rungs if chooser.bytes_of(*rung) <= room), None)
     tokens, recompute = rung or rungs[-1]
     pack, need = chooser.heaviest(tokens), round(chooser.bytes_of(tokens, recompute))

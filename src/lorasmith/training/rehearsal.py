@@ -96,6 +96,7 @@ class Rehearsal:
     ) -> None:
         """``sketch`` is on the meta device, see :func:`copy_without_weights`; a quantised base's in float32."""
         self.model = sketch.train()
+        self._quantization: Quantization = quantization
         self.weight_bytes = sum(p.numel() * p.element_size() for p in sketch.parameters())
         self.weight_bytes -= bytes_saved(sketch, quantization)
         # A pass makes each quantised weight anew when it comes to it, one at a time.
@@ -109,6 +110,17 @@ class Rehearsal:
         self.forward = PackForward(sketch, engine.model_copy(update=plain))
         assert self.forward.device.type == "meta", "a rehearsal with weights would be the real thing"
         self._known: dict[tuple[tuple[Segment, ...], int, bool], Rehearsed] = {}
+
+    def weight_bytes_of_share(self, count: int) -> int:
+        """Return the bytes of weights in one of ``count`` processes that share the base's layers (sharding.py).
+
+        Its part of every layer, two gathered ones (the next comes while one computes), and the rest whole.
+        """
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        layers = base.get_decoder().layers
+        cut = sum(p.numel() * p.element_size() for p in layers.parameters() if not p.requires_grad)
+        cut -= bytes_saved(self.model, self._quantization)
+        return self.weight_bytes - cut + round(cut / count + 2 * cut / len(layers))
 
     def of(self, pack: Pack, *, checkpointing: bool) -> Rehearsed:
         """Return what the forward and backward pass of ``pack`` takes."""
