@@ -68,6 +68,7 @@ def read_evaluation_rows(
             if skips_faults:
                 continue
             raise
+        assert isinstance(row, Row), "a faulty row has no example"
         keywords = _read_keywords(row.fields.get("keywords"), row.where)
         if not example.is_rejected:
             rows.append(EvaluationRow(example.question, example.answer, keywords, row.where))
