@@ -15,7 +15,7 @@ from lorasmith.training.job import (
     _recorded_fit,
     _set_threads,
     _with_fit,
-    _with_rate,
+    _with_settled,
 )
 from lorasmith.training.same_run import setting_differences
 from lorasmith.training.settings import ObjectiveSettings, TrainingSettings
@@ -52,7 +52,8 @@ def test_the_automatic_rate_of_the_first_start_stays():
     assert rate_of(begun_with(found / 3)) == found / 3
     assert rate_of(begun_with("auto")) == found  # a run.json of before the rate was recorded
     assert rate_of(begun_with(found / 3), 1e-3) == 1e-3
-    assert _with_rate(begun_with("auto"), found).settings["training"]["learning_rate"] == found
+    settled = _with_settled(begun_with("auto"), EngineSettings(), found)
+    assert settled.settings["training"]["learning_rate"] == found
 
 
 def settings(**changes):

@@ -132,10 +132,12 @@ def command(
         check_held_out(run_file.report, run_file.objective.kind)  # there it would end a rented machine's work
         quotes = _quote(run_file, gpu, cloud, nodes, spot)
         runs, name = Path(run_file.run.root), choose_run_dir(run_file).name
-        earlier = _bucket_of(name, runs) if resume else None
+        earlier = next((record for record in read_records(runs) if record.name == name), None)
+        # A run that goes on does so from its own bucket: the cheapest cloud of today may be another one.
+        known_bucket = earlier.bucket if resume and earlier is not None else None
         launch = Launch(
             name=name,
-            bucket=Bucket.parse(bucket or earlier or _default_bucket(quotes[0])),
+            bucket=Bucket.parse(bucket or known_bucket or _default_bucket(quotes[0])),
             nodes=nodes,
             needs_built_in=run_file.base.model == BUILT_IN,
             secrets=_secrets(secret or [], serve),
@@ -143,7 +145,7 @@ def command(
             budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
         )
         if not dry_run:
-            _check_new(launch.name, runs, resume)
+            _check_new(name, earlier, resume)
         with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
             fill_workdir(
                 Path(folder),
@@ -295,19 +297,13 @@ def _default_bucket(quote: Quote) -> str:
     return f"{scheme}://lorasmith-{hashlib.sha256(owner.encode()).hexdigest()[:16]}"
 
 
-def _bucket_of(name: str, root: Path) -> str | None:
-    """Return where the copy of an earlier launch lies: the cheapest cloud of today may be another one."""
-    return next((record.bucket for record in read_records(root) if record.name == name), None)
-
-
-def _check_new(name: str, root: Path, resume: bool) -> None:
-    known = any(record.name == name for record in read_records(root))
-    if known and not resume:
+def _check_new(name: str, earlier: LaunchRecord | None, resume: bool) -> None:
+    if earlier is not None and not resume:
         raise RunError(
             f"{name} was launched from here before. See how it is: lorasmith launch status. To go on from its copy in "
             "the bucket: --resume. For another run, choose another name: run.name=NAME."
         )
-    if resume and not known:
+    if resume and earlier is None:
         raise RunError(f"Nothing called {name} was launched from here, so there is nothing to go on with.")
 
 

@@ -266,7 +266,7 @@ def prepare_job(
     if resume_from is not None:
         assert then is not None, "a checkpoint to go on from lies beside its run.json"
         record = then.model_copy(update={"processes": team.count})
-    record = _with_fit(_with_engine(_with_rate(record, rate), engine), fit)
+    record = _with_fit(_with_settled(record, engine, rate), fit)
     if team.is_first:
         write_run_record(run_dir, record)
     if team.is_first and resume_from is None:
@@ -669,16 +669,13 @@ def _choose_rate(
     return rate
 
 
-def _with_rate(record: RunRecord, rate: float) -> RunRecord:
-    """Return ``record`` with what "auto" was found to be as learning rate."""
-    settings = {**record.settings, "training": {**record.settings["training"], "learning_rate": rate}}
-    return record.model_copy(update={"settings": settings})
-
-
-def _with_engine(record: RunRecord, engine: EngineSettings) -> RunRecord:
-    """Return ``record`` with what "auto" was found to be in the engine."""
-    found = {"product_dtype": engine.product_dtype, "compile": engine.compile}
-    settings = {**record.settings, "engine": {**record.settings["engine"], **found}}
+def _with_settled(record: RunRecord, engine: EngineSettings, rate: float) -> RunRecord:
+    """Return ``record`` with what "auto" was found to be in the engine and as learning rate."""
+    found = {
+        "engine": {"product_dtype": engine.product_dtype, "compile": engine.compile},
+        "training": {"learning_rate": rate},
+    }
+    settings = {name: {**values, **found.get(name, {})} for name, values in record.settings.items()}
     return record.model_copy(update={"settings": settings})
 
 
