@@ -163,7 +163,11 @@ def test_the_dearest_packs_are_given_out_first_and_none_twice():
     assert divide([1, 1, 1, 9], 2) == [[3], [0, 1, 2]]
 
 
-def test_when_a_process_is_killed_the_others_say_so_and_fewer_can_go_on(processes, words, tmp_path, alone):
+@pytest.mark.parametrize("sharded", [[], ["engine.shard_base=true"]], ids=["whole", "sharded"])
+def test_when_a_process_is_killed_the_others_say_so_and_fewer_can_go_on(
+    processes, words, tmp_path, alone, sharded
+):
+    words = [*words, *sharded]
     members = Members(processes, 3, words, tmp_path / "run")
     while members.receive(1)[0] < 5:
         pass

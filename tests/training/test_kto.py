@@ -21,12 +21,12 @@ from .conftest import make_adapted
 from .test_preference import (
     SETTINGS,
     TRL_SETTINGS,
+    assert_same_gradients,
     gradients_of_steps,
     make_pairs,
     needs_trl,
     plain_log_prob,
     run_file,
-    same_gradients,
 )
 
 PROMPT = 14
@@ -78,14 +78,13 @@ def plain_loss(model, rows, is_rejected, indices) -> torch.Tensor:
 
 def test_ten_steps_equal_the_formula_in_plain_torch(tmp_path):
     rows, is_rejected = make_labelled()
-    with gradients_of_steps() as ours_of_steps:
-        _, reports = run(rows, is_rejected, tmp_path)
+    _, reports = run(rows, is_rejected, tmp_path / "ours")
     theirs = make_adapted()
     theirs.get_base_model().set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], weight_decay=0.0)
     order = order_steps(rows, SETTINGS)
     expected = []
-    with gradients_of_steps() as theirs_of_steps:
+    with gradients_of_steps() as gradients:
         for step, report in enumerate(reports):
             loss = plain_loss(theirs, rows, is_rejected, order.examples_of(step))
             optimizer.zero_grad()
@@ -96,7 +95,9 @@ def test_ten_steps_equal_the_formula_in_plain_torch(tmp_path):
     assert len(reports) == 10
     assert [report.loss for report in reports] == pytest.approx(expected, rel=1e-5)
     assert max(report.measured["kl"] for report in reports) > 0.01, "a term that is always 0 shows nothing"
-    same_gradients(theirs_of_steps, ours_of_steps)
+    with gradients_of_steps(beside=gradients) as found:
+        run(rows, is_rejected, tmp_path / "beside")
+    assert_same_gradients(gradients, found)
 
 
 @needs_trl
@@ -144,14 +145,15 @@ def test_ten_steps_equal_trl(tmp_path, tiny_tokenizer):
     theirs = make_adapted()
     theirs.get_base_model().set_attn_implementation("sdpa")
     theirs.get_base_model().name_or_path = "tiny"
-    with gradients_of_steps() as theirs_of_steps:
+    with gradients_of_steps() as gradients:
         Recording(theirs, args=arguments, train_dataset=dataset, processing_class=tiny_tokenizer).train()
-    with gradients_of_steps() as ours_of_steps:
-        _, reports = run(rows, is_rejected, tmp_path / "ours")
+    _, reports = run(rows, is_rejected, tmp_path / "ours")
     assert len(losses) == 10
     assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
     assert [report.measured["kl"] for report in reports] == pytest.approx(kls, rel=1e-4, abs=1e-6)
-    same_gradients(theirs_of_steps, ours_of_steps)
+    with gradients_of_steps(beside=gradients) as found:
+        run(rows, is_rejected, tmp_path / "beside")
+    assert_same_gradients(gradients, found)
 
 
 def test_a_cut_into_packs_changes_nothing(tmp_path):

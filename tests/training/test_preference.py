@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample
 from lorasmith.engine.forward import PackForward
@@ -96,27 +96,43 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def gradients_of_steps():
-    """The gradient of each step of whatever optimizer, all weights in one vector."""
+def gradients_of_steps(beside=None):
+    """The weights and their gradients before each step of whatever optimizer, as lists of tensors.
+
+    ``beside``: the same of another run. Its weights are taken over after each step, so that every gradient is that of
+    the same weights, and no rounding of the steps before is compared.
+    """
     found = []
 
-    def note(optimizer, args, kwargs):
+    def weights_in(optimizer):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        found.append(torch.cat([w.grad.detach().flatten().clone() for w in weights if w.grad is not None]))
+        return [weight for weight in weights if weight.grad is not None]
 
-    handle = register_optimizer_step_pre_hook(note)
+    def note(optimizer, args, kwargs):
+        weights = weights_in(optimizer)
+        found.append([[tensor.detach().clone() for tensor in (w, w.grad)] for w in weights])
+
+    def take_over(optimizer, args, kwargs):
+        if beside and len(found) < len(beside):
+            with torch.no_grad():
+                for weight, (theirs, _) in zip(weights_in(optimizer), beside[len(found)], strict=True):
+                    weight.copy_(theirs)
+
+    handles = [register_optimizer_step_pre_hook(note), register_optimizer_step_post_hook(take_over)]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def same_gradients(expected, found) -> None:
-    """The first within 1e-5 of its length; the later ones follow from weights that have been rounded in between."""
+def assert_same_gradients(expected, found) -> None:
+    """All weights in one vector: each of the ten gradients within 1e-5 of its length."""
     assert len(expected) == len(found) == 10
-    apart = [float((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True)]
-    assert apart[0] < 1e-5, apart
-    assert max(apart) < 1e-3, apart
+    for step, (right, ours) in enumerate(zip(expected, found, strict=True)):
+        a, b = (torch.cat([gradient.flatten() for _, gradient in side]) for side in (right, ours))
+        apart = float((a - b).norm() / a.norm())
+        assert apart <= 1e-5, (step, apart)
 
 
 def plain_log_prob(model, example) -> torch.Tensor:
@@ -179,7 +195,7 @@ needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="
 
 
 def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int, start=None):
-    """Train ``model`` by DPOTrainer on the pairs in our order; return its losses, and its gradients of each step.
+    """Train ``model`` by DPOTrainer on the pairs in our order; return the loss of each step.
 
     ``start``: weights of the adapter to begin with. TRL's reference is the adapter as it was given, here the base.
     """
@@ -200,7 +216,7 @@ def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int
             for row in rows
         ]
     )
-    losses, gradients = [], []
+    losses = []
 
     class Recording(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -214,12 +230,9 @@ def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int
             losses.append(loss.item())
             return loss
 
-    class Gradients(TrainerCallback):
+    class Start(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             model.load_state_dict(start or {}, strict=False)
-
-        def on_pre_optimizer_step(self, *args, **kwargs):
-            gradients.append(gradients_of(model))
 
     arguments = DPOConfig(
         output_dir=str(folder),
@@ -229,16 +242,10 @@ def train_by_trl(model, pairs, folder, tokenizer, loss_type: str, num_steps: int
     model.get_base_model().set_attn_implementation("sdpa")
     model.get_base_model().name_or_path = "tiny"
     trainer = Recording(
-        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Gradients()]
+        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Start()]
     )
     trainer.train()
-    return losses, gradients
-
-
-def gradients_of(model) -> dict[str, torch.Tensor]:
-    return {
-        n: p.grad.detach().clone() for n, p in model.named_parameters() if "lora" in n and ".default." in n
-    }
+    return losses
 
 
 @needs_trl
@@ -246,33 +253,38 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo")])
 def test_ten_steps_equal_trl(name, loss_type, tmp_path, tiny_tokenizer):
     pairs, theirs = make_pairs(20), make_adapted()
-    losses, _ = train_by_trl(theirs, pairs, tmp_path / "trl", tiny_tokenizer, loss_type, 10)
+    with gradients_of_steps() as expected:
+        losses = train_by_trl(theirs, pairs, tmp_path / "trl", tiny_tokenizer, loss_type, 10)
     ours, reports = run(pairs, tmp_path / "ours", name=name)
     assert len(losses) == 10
     assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
     trained = weights_of(theirs)
     for key, weight in weights_of(ours).items():
         assert torch.allclose(weight, trained[key], rtol=1e-5, atol=1e-5), key
+    with gradients_of_steps(beside=expected) as found:
+        run(pairs, tmp_path / "beside", name=name)
+    assert_same_gradients(expected, found)
 
 
 @needs_trl
 @pytest.mark.filterwarnings("ignore")
-def test_every_gradient_of_a_step_equals_trl(tmp_path, tiny_tokenizer):
+def test_both_sides_of_an_adapter_get_the_gradient_that_trl_gives_them(tmp_path, tiny_tokenizer):
+    """Each matrix by itself, from random weights: at its start an adapter's B is zero, and so is the gradient of A."""
     pairs, ours = make_pairs(4), make_adapted()
     torch.manual_seed(2)
-    with torch.no_grad():  # at its start an adapter's B is zero, and so is the gradient of A
+    with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.1)
-    folder, start = tmp_path / "trl", weights_of(ours)
-    _, (expected,) = train_by_trl(make_adapted(), pairs, folder, tiny_tokenizer, "sigmoid", 1, start)
-    settings = SETTINGS.model_copy(update={"max_steps": 1})
-    run(pairs, tmp_path / "ours", settings, ours, name="dpo")
-    found = gradients_of(ours)
-    assert found.keys() == expected.keys()
-    for key, gradient in found.items():
-        assert expected[key].norm() > 0, key
-        assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
+    theirs, start = make_adapted(), weights_of(ours)
+    with gradients_of_steps() as expected:
+        train_by_trl(theirs, pairs, tmp_path / "trl", tiny_tokenizer, "sigmoid", 1, start)
+    with gradients_of_steps() as found:
+        run(pairs, tmp_path / "ours", SETTINGS.model_copy(update={"max_steps": 1}), ours, name="dpo")
+    assert len(expected[0]) == len(found[0]) == len(start)
+    for (_, right), (_, gradient) in zip(expected[0], found[0], strict=True):
+        assert right.norm() > 0
+        assert (gradient - right).norm() <= 1e-5 * right.norm()
 
 
 @needs_trl
@@ -317,17 +329,18 @@ def test_ten_steps_of_orpo_equal_trl(tmp_path, tiny_tokenizer):
     )
     theirs = make_adapted()
     theirs.get_base_model().set_attn_implementation("sdpa")
-    with gradients_of_steps() as theirs_of_steps:
+    with gradients_of_steps() as expected:
         Recording(
             theirs,
             args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tiny_tokenizer,
         ).train()
-    with gradients_of_steps() as ours_of_steps:
-        _, reports = run(pairs, tmp_path / "ours", name="orpo")
-    same_gradients(theirs_of_steps, ours_of_steps)
+    _, reports = run(pairs, tmp_path / "ours", name="orpo")
     assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
+    with gradients_of_steps(beside=expected) as found:
+        run(pairs, tmp_path / "beside", name="orpo")
+    assert_same_gradients(expected, found)
 
 
 def test_a_cut_into_packs_changes_nothing_and_tears_no_pair(tmp_path):
