@@ -53,8 +53,9 @@ def test_a_good_one_of_labelled_answers_is_shown_and_labels_that_are_alike_are_r
     assert code == 0
     assert "2 answers are good (true), 2 bad (false)." in shown
     assert "What the model sees of rows.jsonl:3; what it learns" in shown
-    with pytest.raises(DataError, match="all 2 answers are labelled false"):
-        check(rows[:2], labels=True)
+    for as_json in (False, True):
+        with pytest.raises(DataError, match="all 2 answers are labelled false"):
+            check(rows[:2], labels=True, as_json=as_json)
 
 
 def test_rows_are_pairs_or_texts(check):
@@ -154,6 +155,9 @@ def test_a_file_without_a_usable_row_has_code_2(check, as_json):
     code, shown = check(["", " "], as_json=as_json)
     assert code == 2
     assert ("No row can be used" in shown) != as_json
+    assert "Nothing will be cut" not in shown
+    _, shown = check([], as_json=as_json, labels=True)
+    assert "0 answers are good" not in shown
 
 
 def test_the_recipe_and_the_format_can_be_named(check):

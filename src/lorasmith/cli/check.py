@@ -130,7 +130,7 @@ def command(
         console.print_json(json.dumps(report, ensure_ascii=False))
     else:
         _print_receipt(dataset.receipt)
-        if labels:
+        if labels and gain is not None:
             num_bad = int(dataset.is_rejected.sum())
             console.print(f"{len(dataset) - num_bad:,} answers are good (true), {num_bad:,} bad (false).")
         if gain is not None:
@@ -140,10 +140,11 @@ def command(
             _print_cuts(dataset.receipt, settings)
         if gain is not None:
             _print_gain(gain, f"{batch_size} {_UNITS[kind]}", grouped)
-        if labels and gain is not None and dataset.is_rejected.all() == dataset.is_rejected.any():
-            from lorasmith.training.kto import check_labels
+    if labels and gain is not None and dataset.is_rejected.all() == dataset.is_rejected.any():
+        from lorasmith.training.kto import check_labels
 
-            check_labels(dataset.is_rejected, data)  # all are alike: training would say so too
+        check_labels(dataset.is_rejected, data)  # all are alike: training would say so too
+    if not as_json:
         train_command = _train_command(model, settings, prompt_settings)
         objective = {
             "pairs": " objective.name=dpo",
@@ -290,6 +291,8 @@ def _print_cuts(receipt: "Receipt", settings: DataSettings) -> None:
         text = f"Longer than {limit}, cut by --overlong truncate, the end token kept: {receipt.truncated:,}."
         if num_without := receipt.skipped.get(NO_ROOM):
             text += f" Left out, because the prompt alone is longer: {num_without:,}."
+    elif not receipt.used:
+        return
     else:
         text = f"Nothing will be cut: every example fits into {limit}."
     console.print(text)
