@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -12,8 +13,9 @@ from lorasmith.evaluation import harness
 from lorasmith.evaluation.harness import TaskScore, run_tasks
 from lorasmith.generation.chat import Chat
 
-HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
-needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason="the extra lm-eval is not installed")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed"
+)
 
 TASK = """\
 task: office_facts
@@ -47,8 +49,8 @@ def task(tmp_path):
     return file
 
 
-@pytest.mark.skipif(HAS_LM_EVAL, reason="the extra lm-eval is installed")
-def test_without_the_extra_the_pip_line_is_told(chat):
+def test_without_the_extra_the_pip_line_is_told(chat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lorasmith\[lm-eval\]'"):
         run_tasks(chat, ["arc_easy"])
 
