@@ -148,6 +148,12 @@ def test_a_name_that_yaml_would_take_for_something_else_is_quoted(name, run_file
     assert load_run_file(file, (), {}).run.name == name
 
 
+@pytest.mark.parametrize(("name", "like"), [("my run", "my-run"), ("..", "handbook-2")])
+def test_a_name_that_no_run_can_have_is_told_one_that_it_can_have(name, like):
+    with pytest.raises(SettingsError, match=rf"run.name is '{name}': a run's name has .* as in {like}$"):
+        load_run_file(None, ["data.train=x.json", f"run.name={name}"], {})
+
+
 def test_every_setting_is_described():
     assert all(setting_names().values())
 

@@ -1,9 +1,10 @@
 """How the adapter is trained; section ``training`` of a run file."""
 
 import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lorasmith.data.settings import RowKind
 
@@ -187,11 +188,7 @@ class OutputSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="folder of the run; none: data and date",
-    )
+    name: str | None = Field(default=None, description="folder of the run; none: data and date")
     root: str = Field(default="runs", description="folder that holds the runs")
     resume: Literal["auto", "never"] = Field(
         default="auto",
@@ -211,3 +208,13 @@ class OutputSettings(BaseModel):
     sample_every: int | None = Field(
         default=None, ge=1, description="steps between them; none: once an epoch"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _can_name_a_folder(cls, name: str | None) -> str | None:
+        if name is not None and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+            raise ValueError(
+                "a run's name has English letters, digits and . _ -, and begins with a letter or digit, as in "
+                f"{re.sub('[^A-Za-z0-9._-]+', '-', name).strip('-._') or 'handbook-2'}"
+            )
+        return name
