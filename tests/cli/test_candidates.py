@@ -50,6 +50,8 @@ def test_several_files_are_named_by_file_and_method(files):
     assert [c.name for c in make_candidates(["a.yaml", "b.yaml"], [])] == ["a", "b"]
     names = [c.name for c in make_candidates(["a.yaml", "b.yaml"], ["lora", "dora"])]
     assert names == ["a-lora", "a-dora", "b-lora", "b-dora"]
+    (files / "a.yaml").rename(files / "my a.yaml")
+    assert [c.name for c in make_candidates(["my a.yaml", "b.yaml"], [])] == ["my-a", "b"]
 
 
 def test_all_is_every_method_and_a_typo_is_told():
@@ -57,6 +59,8 @@ def test_all_is_every_method_and_a_typo_is_told():
     assert read_methods(" lora, dora,lora") == ["lora", "dora"]
     with pytest.raises(SettingsError, match=r"--methods names dorra. Did you mean dora\?"):
         read_methods("lora,dorra")
+    with pytest.raises(SettingsError, match=r"names all and lora: .*Give --methods all, or a list"):
+        read_methods("all,lora")
     with pytest.raises(SettingsError, match=r"names no method. The methods are lora, "):
         read_methods(",")
 
@@ -66,6 +70,8 @@ def test_all_is_every_method_and_a_typo_is_told():
     [
         (["a.yaml", "method.rr=2"], ["lora", "dora"], r"method.rr is a setting of none .*\(lora, dora\)"),
         (["a.yaml", "method.r=0"], ["dora"], r"method.r is 0: "),
+        (["a.yaml", "method.name=vera"], ["lora", "dora"], r"Leave method.name=vera out, or --methods"),
+        (["my a.yaml", "sub/my-a.yaml"], [], r"Two run files are called my-a"),
         (["a.yaml", "sub/a.yaml"], [], r"Two run files are called a"),
         (["a.yaml", "b.yaml", "data.on_bad_row=skip"], [], None),
         (["a.yaml", "other.yaml"], [], r"a and other differ in training.seed, .*alike.*training.seed=VALUE"),

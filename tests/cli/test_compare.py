@@ -79,6 +79,15 @@ def test_a_comparison_that_is_stopped_says_how_to_go_on(lorasmith, monkeypatch):
     assert "Stopped in lora (1 of 2); the same command goes on with it." in result.output
 
 
+@pytest.mark.parametrize("more", [[], ["--search"]])
+def test_a_comparison_is_not_gone_on_with_against_run_resume_never(more, lorasmith, monkeypatch):
+    monkeypatch.setattr(compare, "train_apart", lambda *args: False)
+    words = ["compare", "run.yaml", "--methods", "lora,ia3", "run.resume=never"]
+    assert lorasmith(*words).exit_code == 3  # stopped: there was none before
+    with pytest.raises(RunError, match=r"compare-faq is there already\. .*--name NAME"):
+        lorasmith(*words, *more)
+
+
 def test_one_run_is_nothing_to_compare(lorasmith):
     with pytest.raises(SettingsError, match=r"One run is nothing to compare: name --methods"):
         lorasmith("compare", "run.yaml")

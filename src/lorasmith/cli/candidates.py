@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lorasmith.cli.run_file import RunFile, load_run_file, parse_setting
+from lorasmith.cli.run_file import RunFile, load_run_file, make_run_name, parse_setting
 from lorasmith.errors import SettingsError
 from lorasmith.model.method_settings import METHODS
 
@@ -43,6 +43,11 @@ def read_methods(text: str) -> list[str]:
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if names == ["all"]:
         return list(METHODS)
+    if "all" in names:
+        raise SettingsError(
+            f"--methods names all and {', '.join(name for name in names if name != 'all')}: all is every method by "
+            "itself. Give --methods all, or a list of methods without it."
+        )
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         near = difflib.get_close_matches(unknown[0], METHODS, n=1) if unknown else []
@@ -61,11 +66,15 @@ def make_candidates(words: Sequence[str], methods: Sequence[str]) -> list[Candid
     """
     paths = [word for word in words if "=" not in word]
     settings = [word for word in words if "=" in word]
+    if methods and (named := [word for word in settings if word.startswith("method.name=")]):
+        raise SettingsError(
+            f"--methods and {named[-1]} were given, and both name methods. Leave {named[-1]} out, or --methods."
+        )
     of_method = [
         word for word in settings if word.startswith("method.") and not word.startswith("method.name=")
     ]
     rest = [word for word in settings if word not in of_method]
-    stems = [Path(path).stem for path in paths]
+    stems = [make_run_name(Path(path).stem) or "run" for path in paths]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise SettingsError(
             f"Two run files are called {twice[0]}; their names are the names in the table. Rename one."

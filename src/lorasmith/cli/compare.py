@@ -89,6 +89,10 @@ def command(
     check_budgets(candidates)
     stem = make_run_name(Path(first.data.train).stem) or "runs"
     folder = Path(first.run.root) / (name or f"compare-{stem}")
+    if folder.exists() and any(candidate.run_file.run.resume == "never" for candidate in candidates):
+        raise RunError(
+            f"{folder} is there already. Choose another name with --name NAME, or run.resume=auto to go on with it."
+        )
     if search:
         _search(candidates, whole, folder, minutes)
         return
