@@ -84,6 +84,18 @@ def test_what_matters_is_told_apart_from_what_does_not():
     assert setting_differences(with_dropout, changed) == ["training.micro_batch_tokens: 2048 then, 512 now"]
 
 
+def test_a_default_of_the_objective_is_the_same_written_out_and_left_out():
+    def objective(**given):
+        return {**settings(), "objective": ObjectiveSettings(**given).model_dump(mode="json")}
+
+    assert setting_differences(objective(name="dpo"), objective(name="dpo", beta=0.1)) == []
+    assert setting_differences(objective(name="simpo", beta=2, margin=1), objective(name="simpo")) == []
+    assert setting_differences(objective(name="kto", desirable_weight=1), objective(name="kto")) == []
+    assert setting_differences(settings(), objective(name="sft")) == []
+    changed = setting_differences(objective(name="dpo"), objective(name="dpo", beta=0.2))
+    assert changed == ["objective.beta: 0.1 then, 0.2 now"]
+
+
 def record_with(fit, micro_batch_tokens="auto"):
     auto = {
         "training": {"micro_batch_tokens": micro_batch_tokens},

@@ -14,7 +14,7 @@ from lorasmith.model.run_record import RunRecord, read_run_record
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.checkpoint import Checkpoint, last_checkpoint
 from lorasmith.training.distributed import Team
-from lorasmith.training.settings import ObjectiveSettings, OutputSettings
+from lorasmith.training.settings import ObjectiveSettings, OutputSettings, objective_defaults
 
 
 def is_finished(
@@ -140,6 +140,9 @@ def setting_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             before = old.get(section, {}).get(key, _BEFORE.get((section, key)))
             if section in ("run", "report") or (section, key) in harmless:
                 continue
+            if section == "objective":  # a default that is written out is none the less the default
+                defaults = objective_defaults(values["name"])
+                before, value = (defaults.get(key) if v is None else v for v in (before, value))
             if before != value and value != "auto":
                 found.append(f"{section}.{key}: {before} then, {value} now")
     return found

@@ -105,6 +105,12 @@ _MARGIN = 1.0
 _KINDS: dict[str, RowKind] = {"sft": "answers", "text": "documents", "kto": "labelled"}
 
 
+def objective_defaults(name: str) -> dict[str, float]:
+    """Return what those settings of the objective ``name`` stand for that are left out."""
+    own = {"simpo": {"margin": _MARGIN}, "kto": {"desirable_weight": 1.0, "undesirable_weight": 1.0}}
+    return {"beta": _BETA[name], **own.get(name, {})} if name in _BETA else {}
+
+
 class ObjectiveSettings(BaseModel):
     """What is learnt from a row; section ``objective`` of a run file.
 
