@@ -175,14 +175,12 @@ def space_of(run_file: RunFile) -> Space:
         from transformers import AutoConfig
 
         from lorasmith.model.base import resolve_base
-        from lorasmith.training.schedule import suggest_learning_rate
+        from lorasmith.training.schedule import choose_learning_rate
 
         folder = resolve_base(run_file.base, fetches_weights=False).folder
         trusts = run_file.base.trust_remote_code
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts)
-        text = config.get_text_config()
-        multiple = method.rate_multiple_for(num_steps_of(run_file)) * run_file.objective.rate_multiple
-        rate = suggest_learning_rate(text.model_type, text.hidden_size, multiple)
+        rate = choose_learning_rate(config, method, run_file.objective, num_steps_of(run_file))
     own = getattr(method, "r", None) if hasattr(method, "lora_alpha") else None
     return Space(rate, () if own is None else (own, *(r for r in _RANKS if r != own)))
 

@@ -65,7 +65,7 @@ from lorasmith.training.read_rows import read_rows
 from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.same_run import what_to_resume
-from lorasmith.training.schedule import order_steps, suggest_learning_rate
+from lorasmith.training.schedule import choose_learning_rate, order_steps
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
 from lorasmith.training.sharding import check_gathered, check_sharding, shard_base
 
@@ -662,10 +662,9 @@ def _choose_rate(
     recorded = "auto" if then is None else then.settings["training"]["learning_rate"]
     if recorded != "auto":
         return float(recorded)
-    multiple = method.rate_multiple_for(num_steps) * objective.rate_multiple
-    config = model.config.get_text_config()
-    rate = suggest_learning_rate(config.model_type, config.hidden_size, multiple)
-    say(f"Learning rate: {rate:.2g} (for a hidden size of {config.hidden_size} and {num_steps:,} steps)")
+    rate = choose_learning_rate(model.config, method, objective, num_steps)
+    size = model.config.get_text_config().hidden_size
+    say(f"Learning rate: {rate:.2g} (for a hidden size of {size} and {num_steps:,} steps)")
     return rate
 
 

@@ -6,12 +6,17 @@ Nothing here has a state, so a resumed run needs only its step number.
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorasmith.data.dataset import TokenizedDataset
 from lorasmith.data.tokens import IGNORE_INDEX, TokenizedExample, documents_of, examples_per_row, num_rows
-from lorasmith.training.settings import TrainingSettings
+from lorasmith.model.method_settings import MethodSettings
+from lorasmith.training.settings import ObjectiveSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _FULL_FINETUNING_RATE = 5e-5
 _LORA_MULTIPLE = 10.0
@@ -30,6 +35,15 @@ def suggest_learning_rate(model_type: str, hidden_size: int, multiple: float = _
     """
     exponent = _EXPONENT.get(model_type, _USUAL_EXPONENT)
     return _FULL_FINETUNING_RATE * multiple * (_REFERENCE_HIDDEN_SIZE / hidden_size) ** exponent
+
+
+def choose_learning_rate(
+    config: "PreTrainedConfig", method: MethodSettings, objective: ObjectiveSettings, num_steps: int
+) -> float:
+    """Return what "auto" means for a base of this ``config``, a method, an objective and a run's length."""
+    text = config.get_text_config()
+    multiple = method.rate_multiple_for(num_steps) * objective.rate_multiple
+    return suggest_learning_rate(text.model_type, text.hidden_size, multiple)
 
 
 def learning_rate_at(step: int, num_steps: int, settings: TrainingSettings, highest: float) -> float:
