@@ -154,6 +154,23 @@ def test_a_validation_file_and_a_share_exclude_each_other(lorasmith, tiny_base_f
     assert "Use one" in str(lorasmith(*words).exception)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("sft", {"prompt": "Who?", "completion": "We."}, r"used, 1 example, is held .*check \S*one.json"),
+        ("dpo", {"prompt": "Who?", "chosen": "We.", "rejected": "No."}, "1 pair, .*check --pairs "),
+        ("kto", {"prompt": "Who?", "chosen": "We.", "rejected": "No."}, "2 answers, .*check --labels "),
+    ],
+)
+def test_a_share_that_leaves_nothing_to_train_on_is_told_in_rows(
+    lorasmith, tiny_base_folder, tmp_path, name, row, told
+):
+    (tmp_path / "one.json").write_text(json.dumps([row]))
+    more = (f"objective.name={name}", "training.validation_share=0.9")
+    result = lorasmith(*train_words(tiny_base_folder, tmp_path / "one.json", *more))
+    assert re.search(told, str(result.exception))
+
+
 def test_a_warm_up_longer_than_the_run_is_said(lorasmith, tiny_base_folder, rows):
     result = lorasmith(*train_words(tiny_base_folder, rows, "training.warmup_steps=100"))
     assert "the warm-up takes 100 steps and the run has 6" in result.output

@@ -40,11 +40,17 @@ CHARS_FOR_WORKERS = 16 << 20  # the same for long texts
 OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
 NO_ROOM = "no room for an answer"  # would leave without an answer
 _MAX_LISTED = 1000  # faults in an error's text
-_NEEDED: dict[RowKind, tuple[str, str]] = {  # what a row must have, and how lorasmith check is told so
-    "answers": ("A row needs a question and an answer", ""),
-    "pairs": ("A row needs a question and two answers that differ", "--pairs "),
-    "labelled": ("A row needs a question, an answer and a label", "--labels "),
-    "documents": ("A text needs more than blanks", "--text "),
+_NEEDED: dict[RowKind, str] = {  # what a row must have
+    "answers": "A row needs a question and an answer",
+    "pairs": "A row needs a question and two answers that differ",
+    "labelled": "A row needs a question, an answer and a label",
+    "documents": "A text needs more than blanks",
+}
+CHECK_FLAGS: dict[RowKind, str] = {  # how lorasmith check is told so
+    "answers": "",
+    "pairs": "--pairs ",
+    "labelled": "--labels ",
+    "documents": "--text ",
 }
 _CACHE_VERSION = 4
 
@@ -175,10 +181,9 @@ def raise_faults(receipt: Receipt, data: DataSettings, kind: RowKind = "answers"
             raise DataError(f"{receipt.source} is empty: there is no row in it. Is it the right file?")
         if receipt.used == 0:
             skipped = ", ".join(f"{n} {reason}" for reason, n in receipt.skipped.items())
-            needed, flag = _NEEDED[kind]
             raise DataError(
                 f"{receipt.source}: no {'text' if kind == 'documents' else 'row'} can be used ({skipped}). "
-                f"{needed}; lorasmith check {flag}{receipt.source} shows the receipt."
+                f"{_NEEDED[kind]}; lorasmith check {CHECK_FLAGS[kind]}{receipt.source} shows the receipt."
             )
         return
     listed = [f"{where}: {reason}" for where, reason in receipt.faults[:_MAX_LISTED]]

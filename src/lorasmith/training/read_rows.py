@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
+from lorasmith.data.dataset import CHECK_FLAGS, TokenizedDataset, prepare_dataset
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.receipt import Receipt
 from lorasmith.data.settings import DataSettings, RowKind
@@ -62,8 +62,9 @@ def read_rows(
     kept, held_out = split_dataset(all_rows, training)
     if not kept:
         raise DataError(
-            f"{data.train} leaves no example to train on: {all_rows.receipt.rows_read} rows read, "
-            f"{len(all_rows)} used, {len(held_out)} held out. See the receipt: lorasmith check {data.train}"
+            f"{data.train} leaves nothing to train on: all of it that can be used, {_count(all_rows)}, is held out by "
+            f"training.validation_share={training.validation_share:g}. Give more data, or leave the share out. What "
+            f"became of each row: lorasmith check {CHECK_FLAGS[kind]}{data.train}"
         )
     dataset = all_rows.rows(kept)
     validation: TokenizedDataset | None = all_rows.rows(held_out) if held_out else None
@@ -83,6 +84,13 @@ def read_rows(
         "num_validation": 0 if validation is None else num_rows(validation),
     }
     return TrainingRows(dataset, validation, all_rows.receipt, noted)
+
+
+def _count(dataset: TokenizedDataset) -> str:
+    """Return how many rows there are, in words, called as training counts them."""
+    what = {"answers": "example", "pairs": "pair", "labelled": "answer", "documents": "piece"}[dataset.kind]
+    number = num_rows(dataset)
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _describe_documents(receipt: Receipt, documents: np.ndarray, held_out: Sequence[int]) -> str:
