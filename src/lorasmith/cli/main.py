@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Say whether a run fits, how long it takes and what it writes, before it is started.",
         "Start",
     ),
-    "train": ("Train a LoRA adapter from a run file, or from --model and --data.", "The road"),
+    "train": ("Train an adapter, or all weights, from a run file or from --model and --data.", "The road"),
     "ask": ("Ask one question of a run, an adapter or a merged model.", "The road"),
     "chat": ("Talk with a run, an adapter or a merged model.", "The road"),
     "compare": ("Train several tuning methods on the same data, and say which is best.", "The road"),

@@ -52,7 +52,8 @@ def command(
         str | None, typer.Option(help="Data file, folder or Hub data set id; the same as data.train=.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Prompt recipe: auto, alpaca, chat, or a .jinja file; prompt.recipe=.")
+        str | None,
+        typer.Option(help="Prompt recipe: auto, alpaca, chat, text, or a .jinja file; prompt.recipe=."),
     ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Longest example, in tokens; data.max_seq_len=.")
@@ -74,7 +75,10 @@ def command(
         bool, typer.Option("--list-settings", help="Print every setting and end.")
     ] = False,
 ) -> None:
-    """Train a LoRA adapter.
+    """Train a base on your data: a LoRA adapter, or one of fourteen other methods.
+
+    method.name chooses the method (full: all weights), objective.name what is
+    learnt: answers, plain texts, pairs of answers, or labelled answers.
 
     A run file is made by [bold]lorasmith init[/]; without one, --data is enough: lorasmith train --data faq.json
     """
