@@ -199,9 +199,11 @@ def test_an_adapter_with_nan_and_an_unfinished_run_are_refused(run):
 def test_the_data_are_pushed_as_a_data_set(hub, run):
     push(run, data=True)
     files = hub.repositories[f"datasets/{PLACE}"].files
-    assert sorted(files) == ["README.md", "faq.json"]
+    assert sorted(files) == ["README.md", "faq.json", "lorasmith.json"]
     assert len(json.loads(files["faq.json"][0])) == 24
-    assert "path:" in files["README.md"][0].decode()
+    assert "path:" in files["README.md"][0].decode(), "so that lorasmith.json is not read as rows"
+    push(run, data=True, license="mit")  # what is there is lorasmith's own
+    assert len(hub.repositories[f"datasets/{PLACE}"].messages) == 2
     record = read_run_record(run)
     write_run_record(run, record.model_copy(update={"data": {**record.data, "fingerprint": "other"}}))
     with pytest.raises(HubError, match="have changed since the run faq"), prepare(run, PLACE, data=True):
@@ -219,7 +221,12 @@ def test_a_readme_among_the_texts_is_pushed_and_not_written_over(run, tmp_path):
     data = {**record.data, "kind": "documents", "fingerprint": fingerprint}
     write_run_record(run, record.model_copy(update={"settings": settings, "data": data}))
     with prepare(run, PLACE, data=True) as parcel:
-        assert [name for name, _ in parcel.files] == ["README.md", "data/README.md", "data/one.txt"]
+        assert [name for name, _ in parcel.files] == [
+            "README.md",
+            "data/README.md",
+            "data/one.txt",
+            "lorasmith.json",
+        ]
         assert (parcel.folder / "data" / "README.md").read_text() == "The words of README.md."
         assert "data/one.txt" in (parcel.folder / "README.md").read_text()
     assert (notes / "README.md").read_text() == "The words of README.md."

@@ -70,7 +70,7 @@ def command(
     )
     for one in done.files:
         console.print(
-            f"[bold]{escape(str(one.file))}[/] ({one.num_bytes / 1e6:,.1f} MB, written in {one.write_seconds:.1f} s)",
+            f"[bold]{escape(str(out / one.file.name))}[/] ({one.num_bytes / 1e6:,.1f} MB, written in {one.write_seconds:.1f} s)",
             soft_wrap=True,
         )
     if prove:
@@ -79,7 +79,8 @@ def command(
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     if adapter_only:
         console.print(
-            f"Next: [bold]llama-cli -m BASE.gguf --lora {escape(str(done.files[0].file))}[/]", soft_wrap=True
+            f"Next: [bold]llama-cli -m BASE.gguf --lora {escape(str(out / done.files[0].file.name))}[/]",
+            soft_wrap=True,
         )
     elif to == "ollama":
         console.print(
@@ -88,7 +89,8 @@ def command(
         )
     else:
         console.print(
-            f"Next: [bold]llama-cli -m {escape(str(done.files[0].file))} -cnv --temp 0[/]", soft_wrap=True
+            f"Next: [bold]llama-cli -m {escape(str(out / done.files[0].file.name))} -cnv --temp 0[/]",
+            soft_wrap=True,
         )
 
 

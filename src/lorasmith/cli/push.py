@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -81,4 +82,4 @@ def _print_parcel(parcel: "Parcel", to: str, is_public: bool) -> None:
     who = "public" if is_public else "private"
     console.print(f"The {parcel.title} for [bold]{escape(to)}[/] ({who} if new):", soft_wrap=True)
     console.print(table)
-    console.print(f"{len(parcel.files)} files, {parcel.num_bytes / 1e6:,.1f} MB")
+    console.print(f"{len(parcel.files)} files, {decimal(parcel.num_bytes)}")

@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.filesize import decimal
+
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.sources import LocalFile, open_source
 from lorasmith.errors import HubError
@@ -144,7 +146,7 @@ def send(
             _check_taken(place, there.private, old, is_public, overwrite)
         names = {name for name, _ in parcel.files}
         stale = sorted(n for n in old - names if any(fnmatch(n, pattern) for pattern in _REPLACED))
-        tell(f"Sending {len(names)} files, {parcel.num_bytes / 1e6:,.1f} MB ...")
+        tell(f"Sending {len(names)} files, {decimal(parcel.num_bytes)} ...")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, (parcel.folder / name).resolve()) for name in sorted(names)]
         message = f"Push {parcel.title} with lorasmith"
@@ -266,12 +268,15 @@ def _stage_data(record: RunRecord, folder: Path) -> list[str]:
             f"The training data in {train} have changed since the run {record.name} was trained on them."
         )
     files = [file for file in source.files if isinstance(file, LocalFile)]
-    # The card is README.md. Written over a link of that name, it would be written into the user's own file.
-    below = "data/" if any(file.name.lower() == "readme.md" for file in files) else ""
+    # The card and our own file must not take their names: written over a link, they would be in the user's own file.
+    taken = ("readme.md", MERGED_FILE)
+    below = "data/" if any(file.name.lower() in taken for file in files) else ""
     names = [below + file.name for file in files]
     for name, file in zip(names, files, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(file.path.absolute())
+    about = {"run": record.name, "data": {"fingerprint": record.data["fingerprint"], "files": names}}
+    (folder / MERGED_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return names
 
 
