@@ -69,10 +69,8 @@ def command(
         tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
     )
     for one in done.files:
-        console.print(
-            f"[bold]{escape(str(out / one.file.name))}[/] ({one.num_bytes / 1e6:,.1f} MB, written in {one.write_seconds:.1f} s)",
-            soft_wrap=True,
-        )
+        size = f"{one.num_bytes / 1e6:,.1f} MB, written in {one.write_seconds:.1f} s"
+        console.print(f"[bold]{escape(str(out / one.file.name))}[/] ({size})", soft_wrap=True)
     if prove:
         _print_proofs(done)
     for note in done.notes:
