@@ -183,6 +183,11 @@ def test_two_machines_are_one_run(machine, run_file, tmp_path):
         processes.append(one.start("run", SKYPILOT_NODE_RANK=str(rank), **nodes))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "step 1/" in outputs[0]
+    assert "Process 1 of 2" not in outputs[0]
+    assert "Process 1 of 2 (numbered from 0) takes part." in outputs[1]
+    assert "Done here." in outputs[1]
+    assert "step 1/" not in outputs[1]
 
     for _ in train(run_file, tmp_path / "whole"):
         pass

@@ -137,7 +137,8 @@ def _start(processes: int, words: list[str]) -> int:
 def _train_in_team(run_file: RunFile, run_dir: Path) -> bool:
     """Train with the processes that were started with this one, and report; return False if stopped before the end.
 
-    Only the first process has a screen; it alone writes, and tells by its exit code whether the run was stopped.
+    The screen is the first process's; it alone writes, and tells by its exit code whether the run was stopped. On
+    another machine the first says that it takes part, and that it is done.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and run_file.run.name is None:
         raise SettingsError(
@@ -147,8 +148,18 @@ def _train_in_team(run_file: RunFile, run_dir: Path) -> bool:
     from lorasmith.training.distributed import joined
 
     with joined(run_file.base.device, run_file.run.lost_after_seconds) as team:
+        if speaks := team.rank > 0 and team.local_rank == 0:
+            there = os.environ["MASTER_ADDR"]
+            console.print(
+                f"Process {team.rank} of {team.count} (numbered from 0) takes part. The run is shown, and its folder "
+                f"is written, by process 0 on {escape(there)}.",
+                soft_wrap=True,
+            )
         console.quiet = not team.is_first
         finished = train_run(run_file, run_dir, team)
+    if speaks:
+        console.quiet = False
+        console.print("Done here." if finished else "Stopped here.")
     if not team.is_first:
         return True
     if finished:

@@ -607,10 +607,9 @@ def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say, team:
     if engine.threads != "auto":
         threads, reason = engine.threads, "as set"
     elif team.count > 1:  # a measurement that all make at once would find a busy machine
-        threads, reason = (
-            max(1, count_cores() // team.local_count),
-            f"{team.local_count} processes share the cores",
-        )
+        threads = max(1, count_cores() // team.local_count)
+        several = team.local_count > 1
+        reason = f"{team.local_count} processes share the cores" if several else "one for each core"
         threads = team.from_first(lambda: threads)
     elif then is not None and then.processes > 1:
         threads, reason = choose_threads()
