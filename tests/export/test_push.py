@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,21 @@ def test_a_pushed_card_names_no_place_of_this_machine_and_no_file_that_stays_her
     card = pushed_card()
     assert "report." not in card
     assert "**Note:** The training data of anna/faq.json has changed since the run and/or the 1/2." in card
+
+
+def test_a_card_offers_ollama_only_where_the_base_can_be_exported(run, tmp_path):
+    def card():
+        with prepare(run, PLACE) as parcel:
+            return (parcel.folder / "README.md").read_text()
+
+    assert f"lorasmith export --run {PLACE} --to ollama" in card()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen2"}')
+    record = read_run_record(run)
+    base = replace(record.base, id=str(tmp_path / "base"))
+    write_run_record(run, record.model_copy(update={"base": base}))
+    assert "ollama" not in card()
+    assert f"--run {PLACE}" in card()
 
 
 def test_a_proven_merge_opens_as_a_model_with_its_recipe(hub, run, merged):
@@ -281,10 +297,17 @@ def test_a_taken_place_is_spared(hub, run):
 
 def test_a_second_push_replaces_the_first_and_what_it_leaves_out(hub, run, merged):
     push(run, merged=merged)
+    files = hub.repositories[f"models/{PLACE}"].files
+    assert {"config.json", "tokenizer.json", "merge_proof.json"} < files.keys()
+    files["notes.txt"] = (b"the user's own", False)
     push(run)
     files = hub.repositories[f"models/{PLACE}"].files
-    assert "model.safetensors" not in files
-    assert "adapter_model.safetensors" in files
+    assert sorted(files) == [
+        "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "notes.txt", "run.json",
+    ]  # fmt: skip
+    files["tokenizer.json"] = (b"put beside the adapter by hand", False)
+    push(run)
+    assert "tokenizer.json" in hub.repositories[f"models/{PLACE}"].files
     assert len(hub.repositories[f"models/{PLACE}"].messages) == 2
 
 

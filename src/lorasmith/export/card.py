@@ -58,12 +58,13 @@ def make_card(
     *,
     place: str | None = None,
     is_merged: bool = False,
+    has_gguf: bool = True,
     license: str | None = None,
 ) -> str:
     """Return the card as Markdown, with the front matter that the Hub reads.
 
     ``report`` is the content of report.json: the facts of report.html, told once more. ``place`` is the Hub
-    repository that it describes; none: the run's own folder.
+    repository that it describes; none: the run's own folder. ``has_gguf``: the model is one that an export can write.
     """
     method = record.settings.get("method", {}).get("name", "lora")
     is_whole = is_merged or method == "full"
@@ -93,7 +94,7 @@ def make_card(
     else:
         missing = NOT_MEASURED.format(": `lorasmith report --run .` asks" if place is None else "")
         measured = f"## What is not known\n\n{missing}"
-    use = _use_here(method) if place is None else _use_pushed(place, record, method, is_whole)
+    use = _use_here(method) if place is None else _use_pushed(place, record, method, is_whole, has_gguf)
     holds = "lorasmith.json" if place and is_whole else "run.json"
     return f"""---
 {front.to_yaml()}
@@ -154,10 +155,10 @@ def _use_here(method: str) -> str:
 {opened}"""
 
 
-def _use_pushed(place: str, record: RunRecord, method: str, is_whole: bool) -> str:
+def _use_pushed(place: str, record: RunRecord, method: str, is_whole: bool, has_gguf: bool) -> str:
     name = place.split("/")[-1]
     lines = [f'lorasmith ask "your question" --run {place}']
-    if method not in UNMERGED:
+    if method not in UNMERGED and has_gguf:
         lines += [f"lorasmith export --run {place} --to ollama --out {name}"]
     base = base_on_hub(record)
     if is_whole:

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.sources import LocalFile, open_source
-from lorasmith.errors import HubError
+from lorasmith.errors import ExportError, HubError
 from lorasmith.export.card import base_on_hub, make_card, make_data_card, read_report
 from lorasmith.export.chat_template import chat_template
 from lorasmith.export.secrets import (
@@ -43,6 +43,11 @@ _TEXTS = (".md", ".json", ".jsonl", ".txt", ".csv", ".jinja", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "*.index.json")  # large, and of the base's authors
 _OURS = ("run.json", MERGED_FILE)  # in a repository: that lorasmith pushed it
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG, "run.json", MERGED_FILE, CHECKSUMS)
+# Beside the weights, in the repository of a whole model.
+_OF_A_MODEL = (
+    *("config.json", "generation_config.json", "merge_proof.json", _CHAT_TEMPLATE, "tokenizer*"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "instruct_pipeline.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,13 @@ def prepare(
             card = make_data_card(public, names, license)
         elif merged is not None:
             _stage_merged(Path(merged), run_dir, folder)
-            card = make_card(public, report, place=place, is_merged=True, license=license)
+            card = make_card(
+                public, report, place=place, is_merged=True, has_gguf=_has_gguf(folder), license=license
+            )
         else:
             _stage_run(run_dir, record, public, folder)
-            card = make_card(public, report, place=place, license=license)
+            model = folder if (folder / "config.json").exists() else _folder_of(record.base)
+            card = make_card(public, report, place=place, has_gguf=_has_gguf(model), license=license)
         (folder / "README.md").write_text(card, "utf-8")
         files = tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in _files(folder))
         title = "data set" if data else "merged model" if merged is not None else "adapter"
@@ -146,6 +154,8 @@ def send(
             _check_taken(place, there.private, old, is_public, overwrite)
         names = {name for name, _ in parcel.files}
         stale = sorted(n for n in old - names if any(fnmatch(n, pattern) for pattern in _REPLACED))
+        if kind == "model" and "config.json" in old - names:  # a whole model's, whose place an adapter takes
+            stale += sorted(n for n in old - names if any(fnmatch(n, pattern) for pattern in _OF_A_MODEL))
         tell(f"Sending {len(names)} files, {decimal(parcel.num_bytes)} ...")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, (parcel.folder / name).resolve()) for name in sorted(names)]
@@ -254,6 +264,29 @@ def _stage_merged(merged: Path, run_dir: Path, folder: Path) -> None:
     about["base"] = without_places(about["base"])
     (folder / MERGED_FILE).unlink()
     (folder / MERGED_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _folder_of(base: BaseRef) -> Path | None:
+    """Return the folder of a base that lies on this machine as the Hub or the user has it; else None."""
+    if base.revision is None:
+        return Path(base.id) if (Path(base.id) / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(base.id, "config.json", revision=base.revision)
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _has_gguf(model: Path | None) -> bool:
+    """Return whether lorasmith export writes the model; without a folder to look into it is taken for a Llama.
+
+    The built-in base and .gguf files have none, and are Llamas.
+    """
+    from lorasmith.export.gguf import read_llama_config
+
+    try:
+        return model is None or read_llama_config(model) is not None
+    except ExportError:
+        return False
 
 
 def _stage_data(record: RunRecord, folder: Path) -> list[str]:
