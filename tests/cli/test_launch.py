@@ -4,6 +4,7 @@ What SkyPilot itself says to the task is in tests/cloud/test_skypilot.py.
 """
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -30,12 +31,12 @@ json.dump(answers[verb], sys.stdout)
 SKY = '#!/bin/sh\necho "$@" >> {folder}/sky.log\nexit 7\n'
 
 
-def offer(cloud, region, hourly, gpu="L4", spot=False):
-    return {"cloud": cloud, "region": region, "gpu": gpu, "num_gpus": 1, "hourly": hourly, "spot": spot}
+def offer(cloud, region, hourly, gpu="L4", spot=False, num=1):
+    return {"cloud": cloud, "region": region, "gpu": gpu, "num_gpus": num, "hourly": hourly, "spot": spot}
 
 
 ANSWERS = {
-    "clouds": ["aws", "gcp"],
+    "clouds": {"aws": [], "gcp": []},
     "offers": [
         offer("gcp", "us-central1", 0.71),
         offer("aws", "us-east-1", 0.8),
@@ -44,6 +45,7 @@ ANSWERS = {
     ],
     "check": "Considered resources (1 node): L4",
     "launch": None,
+    "knows": True,
 }
 
 
@@ -116,6 +118,7 @@ def test_a_dry_run_quotes_the_three_cheapest_and_prints_the_task(launch, words, 
     assert task["envs"]["LORASMITH_BUDGET_SECONDS"] == 20000
     assert "run: |\n  set -euo pipefail\n" in result.output
     assert [verb for verb, _ in sky.asked] == ["clouds", "offers", "check"]
+    assert sky.asked[0][1] == {"needs": ["storage_mounting", "autodown"]}
     assert sky.asked[1][1] == {"machines": ["L4:1", "H100:1"], "clouds": ["aws", "gcp"], "spot": False}
     assert not (tmp_path / "runs").exists()
 
@@ -156,6 +159,95 @@ def test_a_resumed_launch_keeps_its_bucket_where_another_cloud_has_become_cheape
     (after,) = read_records(tmp_path / "runs")
     assert after.bucket == before.bucket
 
+    num_asked = len(sky.asked)
+    with pytest.raises(
+        SettingsError, match=rf"--bucket s3://new: faq is kept in {before.bucket}, .*Leave --bucket"
+    ):
+        launch(*words, "--gpu", "L4:1", "--yes", "--resume", "--bucket", "s3://new")
+    assert len(sky.asked) == num_asked
+    launch(*words, "--gpu", "L4:1", "--yes", "--resume", "--bucket", f"{before.bucket}/")
+
+
+def test_a_launch_that_came_to_nothing_is_forgotten(launch, words, sky, tmp_path, tiny_base_folder):
+    shutil.copytree(tiny_base_folder, tmp_path / "elsewhere")
+    told = (*words, "--gpu", "L4:1", "--yes")
+    refused = {verb: answer for verb, answer in ANSWERS.items() if verb != "launch"}
+    for knows, is_kept in ((False, False), (True, True)):
+        sky.answer(**refused | {"knows": knows})
+        with pytest.raises(CloudError, match="SkyPilot failed; what it says stands above"):
+            launch(*told)
+        assert sky.asked[-1] == ["knows", {"name": "lorasmith-faq", "managed": True}]
+        assert len(read_records(tmp_path / "runs")) == is_kept
+    (before,) = read_records(tmp_path / "runs")
+    sky.answer(**refused | {"knows": False})
+    with pytest.raises(CloudError):  # the earlier launch is not forgotten for it
+        launch(*told[1:], "base.model=elsewhere", "--resume")
+    assert read_records(tmp_path / "runs") == [before]
+    (tmp_path / "runs" / ".launches" / "faq.json").unlink()
+    del refused["knows"]
+    sky.answer(**refused)
+    with pytest.raises(CloudError):  # SkyPilot itself does not answer: it may have begun
+        launch(*told)
+    assert len(read_records(tmp_path / "runs")) == 1
+
+
+def test_two_runs_are_not_one_job(launch, words, sky, tmp_path):
+    launch(*words[:2], "run.name=Faq.v_1", "--gpu", "L4:1", "--yes")
+    for name in ("faq.v_1", "Faq-v-1"):
+        with pytest.raises(RunError, match=rf"Faq.v_1, .* and {name} are both lorasmith-faq-v-1 to SkyPilot"):
+            launch(*words[:2], f"run.name={name}", "--gpu", "L4:1", "--yes")
+    assert [record.name for record in read_records(tmp_path / "runs")] == ["Faq.v_1"]
+
+
+def test_clouds_that_cannot_do_it_are_left_out(launch, words, sky, monkeypatch):
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    sky.answer(**ANSWERS | {"clouds": {"aws": [], "mithril": ["open_ports"], "runpod": ["storage_mounting"]}})
+    serve = (*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--bucket", "s3://team", "--dry-run")
+    said = launch(*serve).output
+    assert "Left out, since SkyPilot cannot do there what this launch needs" in said
+    assert "mithril (no open ports); runpod (no mounted buckets)." in " ".join(said.split())
+    assert sky.asked[0][1] == {"needs": ["storage_mounting", "autodown", "open_ports"]}
+    assert sky.asked[1][1]["clouds"] == ["aws"]
+    with pytest.raises(
+        SettingsError, match=r"cannot do what .* mithril \(no open ports\)\. Name another --cloud"
+    ):
+        launch(*serve, "--cloud", "mithril")
+    sky.answer(**ANSWERS | {"clouds": {"vast": ["storage_mounting", "multi-node"]}})
+    with pytest.raises(SettingsError, match=r"vast \(no mounted buckets and no runs on several machines\)"):
+        launch(*words, "--gpu", "L4:1", "--nodes", "2", "--dry-run")
+    assert sky.asked[-1][1] == {"needs": ["storage_mounting", "autodown", "multi-node"]}
+
+
+def test_what_loads_a_sharded_base_whole_is_refused_where_it_does_not_fit(
+    launch, words, sky, tmp_path, tiny_base_folder, monkeypatch
+):
+    """16 layers of 855 million weights: 25.5 GiB in bfloat16, 6.4 and two layers of 1.6 in each of four processes."""
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_base_folder, wide, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((wide / "config.json").read_text())
+    config |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 16}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    (wide / "config.json").write_text(json.dumps(config))
+    offers = [
+        offer("aws", "us-east-1", 5.0, "L4", num=4),
+        offer("aws", "us-east-1", 20.0, "A100-80GB", num=4),
+    ]
+    sky.answer(**ANSWERS | {"offers": offers})
+    sharded = (f"base.model={wide}", *words[1:], "engine.shard_base=true", "--dry-run")
+    with pytest.raises(
+        SettingsError, match=r"fits L4:4, but the report .* Leave the report out: report.after_training=false"
+    ):
+        launch(*sharded, "--gpu", "L4:4")
+    assert "$5.00" in launch(*sharded, "--gpu", "L4:4", "report.after_training=false").output
+    said = launch(*sharded, "--gpu", "L4:4", "--gpu", "A100-80GB:4").output
+    assert "Left out: With its base sharded the run fits L4:4, but the report after training" in said
+    assert "$5.00" not in said
+    assert "$20.00" in said
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    serve = (*sharded, "report.after_training=false", "--serve", "--max-cost", "9")
+    with pytest.raises(SettingsError, match=r"fits L4:4, but --serve loads .* Leave --serve out"):
+        launch(*serve, "--gpu", "L4:4")
+
 
 def test_a_launch_is_looked_after_by_sky(launch, words, sky):
     launch(*words, "--gpu", "L4:1", "--yes")
@@ -181,11 +273,14 @@ def test_a_launch_is_looked_after_by_sky(launch, words, sky):
 
 def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monkeypatch):
     monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
-    launch(*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--yes")
+    said = launch(*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--yes").output
+    assert "It serves until then; lorasmith launch down faq ends it earlier." in " ".join(said.split())
+    assert "the serving, which takes the rest of --max-cost" in " ".join(said.split())
     _, question = sky.asked[-1]
     assert question["managed"] is False
     assert question["task"]["secrets"] == {"LORASMITH_API_KEYS": None}
     assert question["task"]["resources"]["any_of"][0]["ports"] == 8000
+    assert f"{sky.folder}/bin/sky status lorasmith-faq --endpoint 8000\n" in said
     launch("logs")
     launch("down")
     assert sky.told == ["logs lorasmith-faq", "down lorasmith-faq --yes"]
@@ -200,6 +295,7 @@ def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monk
         (("--secret", "NO_SUCH"), "--secret NO_SUCH: there is no environment variable of that name"),
         (("--bucket", "s3://team/folder"), "a bucket is named s3://NAME"),
         (("--serve", "--spot"), "Leave --spot and --nodes out"),
+        (("--port", "9000"), "--port 9000 is the port of --serve. Add --serve, or leave --port out"),
         (("--serve",), "Say how much rent it may use: --max-cost"),
         (("--serve", "--max-cost", "4"), "Put keys into LORASMITH_API_KEYS"),
         (("--resume",), "Nothing called faq was launched from here, so there is nothing to go on with"),
@@ -250,7 +346,7 @@ def test_skypilots_own_words_are_passed_on(launch, words, sky):
         CloudError, match=r"SkyPilot failed:\nsky.exceptions.ResourcesUnavailableError: check"
     ):
         launch(*words, "--gpu", "L4:1", "--dry-run")
-    sky.answer(clouds=[])
+    sky.answer(clouds={})
     with pytest.raises(CloudError, match=r"SkyPilot has no credentials for any cloud\. .*bin/sky check"):
         launch(*words)
 

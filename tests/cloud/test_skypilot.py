@@ -55,6 +55,8 @@ def environment(tmp_path_factory):
         file.write_text(text)
     (home / ".fluidstack").mkdir()
     (home / ".fluidstack" / "api_key").write_text("api_key made-up")
+    (home / ".shadeform").mkdir()
+    (home / ".shadeform" / "api_key").write_text("made-up")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     found = {
@@ -130,6 +132,25 @@ def test_a_dry_run_goes_through_skypilots_server_and_optimizer(
     chosen = [line.split() for line in result.output.splitlines() if "✔" in line]
     assert [line[:2] for line in chosen] == [["Fluidstack", "(CANADA)"]]
     assert "Nothing was rented." in result.output
+
+
+def test_a_cloud_without_mounted_buckets_is_known_before_the_launch(use_sky):
+    """SkyPilot's optimizer would choose it, and the launch would end there."""
+    lacks = {"fluidstack": "", "shadeform": "mounted buckets"}
+    assert sky.list_clouds(serves=True, nodes=1) == lacks
+    lacks["shadeform"] += " and no runs on several machines"
+    assert sky.list_clouds(serves=False, nodes=2) == lacks
+
+
+@pytest.mark.parametrize("port", [None, 8000])
+def test_skypilot_knows_nothing_of_what_it_refused(use_sky, make_launch, make_quote, tmp_path, capfd, port):
+    (tmp_path / "work").mkdir()
+    launch = make_launch(serve_port=port)
+    quote = make_quote(cloud="fluidstack", region="CANADA")
+    with pytest.raises(CloudError, match="what it says stands above"):
+        sky.start(launch, make_task(launch, [quote], str(tmp_path / "work")))
+    assert "AWS access is disabled" in capfd.readouterr().err
+    assert not sky.knows(launch)
 
 
 def test_what_skypilot_refuses_is_said_in_its_words(use_sky, make_launch, tmp_path):

@@ -30,10 +30,10 @@ from lorasmith.cloud.quote import (
     name_in_catalog,
     name_in_table,
 )
-from lorasmith.cloud.records import LaunchRecord, find_record, read_records, write_record
+from lorasmith.cloud.records import LaunchRecord, find_record, read_records, remove_record, write_record
 from lorasmith.cloud.task import Bucket, Launch, make_task
 from lorasmith.cloud.workdir import fill_workdir
-from lorasmith.errors import RunError, SettingsError
+from lorasmith.errors import CloudError, RunError, SettingsError
 from lorasmith.model.gpus import find_gpu
 from lorasmith.model.settings import BUILT_IN
 
@@ -95,7 +95,9 @@ def command(
             "--serve", help="Serve the result on that machine afterwards, until --max-cost is used."
         ),
     ] = False,
-    port: Annotated[int, typer.Option(help="Port of --serve.")] = 8000,
+    port: Annotated[
+        int | None, typer.Option(help="Port of --serve, 8000 where none is named.", show_default=False)
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Launch a run again; it goes on from its copy in the bucket.")
     ] = False,
@@ -129,23 +131,31 @@ def command(
         run_file = load_run_file(path, words)
         if serve:
             _check_serve(nodes, spot, max_cost)
+        elif port is not None:
+            raise SettingsError(f"--port {port} is the port of --serve. Add --serve, or leave --port out.")
         check_held_out(run_file.report, run_file.objective.kind)  # there it would end a rented machine's work
-        quotes = _quote(run_file, gpu, cloud, nodes, spot)
         runs, name = Path(run_file.run.root), choose_run_dir(run_file).name
-        earlier = next((record for record in read_records(runs) if record.name == name), None)
+        records = read_records(runs)
+        earlier = next((record for record in records if record.name == name), None)
         # A run that goes on does so from its own bucket: the cheapest cloud of today may be another one.
         known_bucket = earlier.bucket if resume and earlier is not None else None
+        if bucket is not None and known_bucket is not None and Bucket.parse(bucket).url != known_bucket:
+            raise SettingsError(
+                f"--bucket {bucket}: {name} is kept in {known_bucket}, and --resume goes on from there. Leave --bucket "
+                "out; or launch it anew in another bucket under another name: run.name=NAME without --resume."
+            )
+        quotes = _quote(run_file, gpu, cloud, nodes, spot, serve)
         launch = Launch(
             name=name,
             bucket=Bucket.parse(bucket or known_bucket or _default_bucket(quotes[0])),
             nodes=nodes,
             needs_built_in=run_file.base.model == BUILT_IN,
             secrets=_secrets(secret or [], serve),
-            serve_port=port if serve else None,
+            serve_port=(8000 if port is None else port) if serve else None,
             budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
         )
         if not dry_run:
-            _check_new(name, earlier, resume)
+            _check_new(launch, records, earlier, resume)
         with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
             fill_workdir(
                 Path(folder),
@@ -154,24 +164,23 @@ def command(
             )
             base = Path(run_file.base.model).expanduser()
             uploaded = str(base.resolve()) if base.exists() and not launch.needs_built_in else None
-            _start(launch, quotes, folder, runs, uploaded, max_cost, dry_run=dry_run, asks=not yes)
+            _start(launch, quotes, folder, runs, uploaded, max_cost, earlier, dry_run=dry_run, asks=not yes)
 
 
 def _quote(
-    run_file: RunFile, gpu: list[str] | None, clouds: list[str] | None, nodes: int, spot: bool
+    run_file: RunFile,
+    gpu: list[str] | None,
+    clouds: list[str] | None,
+    nodes: int,
+    spot: bool,
+    serve: bool,
 ) -> list[Quote]:
     """Print and return the cheapest offers for the run."""
     machines: dict[str, str] = {}  # as SkyPilot names it -> as model/gpus.py names the GPUs of all nodes
     for words in gpu or _TRIED_GPUS:
         kind, count = find_gpu(name_in_table(words))
         machines[f"{name_in_catalog(kind.name)}:{count}"] = f"{kind.name}:{count * nodes}"
-    reachable = sky.list_clouds()
-    wanted = [name.lower() for name in clouds or reachable]
-    if missing := [name for name in wanted if name not in reachable]:
-        raise SettingsError(
-            f"--cloud {missing[0]}: SkyPilot has credentials for {', '.join(reachable)}. What is missing: "
-            f"{sky.find_sky()} check {missing[0]}"
-        )
+    wanted = _choose_clouds(clouds, sky.list_clouds(serves=serve, nodes=nodes))
     estimates, _ = estimate_on_gpus(run_file, list(machines.values()))
     seconds = {
         machine: estimate.seconds
@@ -185,13 +194,25 @@ def _quote(
             f"The run fits none of {', '.join(machines)}: it takes {least:.1f} GiB and the largest has {most:.1f}. "
             "See what takes it: lorasmith estimate RUN.yaml --gpu NAME"
         )
+    if whole := _what_loads_whole(run_file, serve):
+        too_small = [
+            machine
+            for machine, estimate in zip(machines, estimates, strict=True)
+            if machine in seconds and not estimate.takes_whole
+        ]
+        seconds = {machine: span for machine, span in seconds.items() if machine not in too_small}
+        if too_small:
+            said = f"With its base sharded the run fits {', '.join(too_small)}, but {whole}"
+            if not seconds:
+                raise SettingsError(said)
+            console.print(f"Left out: {said}")
     quotes = cheapest(sky.find_offers(list(seconds), wanted, spot=spot), seconds, nodes)
     if not quotes:
         raise SettingsError(
             f"{', '.join(wanted)} {'have' if len(wanted) > 1 else 'has'} no {'spot ' if spot else ''}machine with "
             f"{' or '.join(seconds)} in SkyPilot's catalog. Try another --gpu, or without --spot or --cloud."
         )
-    _print_quotes(quotes)
+    _print_quotes(quotes, serve)
     if any(estimate.is_sharded for estimate in estimates):
         console.print(
             "The base is sharded, and the times are without the traffic of its layers, which can take longer than "
@@ -200,7 +221,36 @@ def _quote(
     return quotes
 
 
-def _print_quotes(quotes: Sequence[Quote]) -> None:
+def _what_loads_whole(run_file: RunFile, serve: bool) -> str:
+    """Return what the launch does after training with the base whole on one GPU, and the way out; may be empty."""
+    if serve:
+        return "--serve loads the base whole on one GPU, which it does not fit. Leave --serve out."
+    if run_file.report.after_training:
+        return (
+            "the report after training loads the base whole on one GPU, which it does not fit. Leave the report out: "
+            "report.after_training=false; lorasmith report makes it later, where the base fits."
+        )
+    return ""
+
+
+def _choose_clouds(named: list[str] | None, reachable: dict[str, str]) -> list[str]:
+    """Return the clouds to rent in, of those that were named or all; what lacks something is told or refused."""
+    wanted = [name.lower() for name in named or reachable]
+    if missing := [name for name in wanted if name not in reachable]:
+        raise SettingsError(
+            f"--cloud {missing[0]}: SkyPilot has credentials for {', '.join(reachable)}. What is missing: "
+            f"{sky.find_sky()} check {missing[0]}"
+        )
+    able = [name for name in wanted if not reachable[name]]
+    unable = "; ".join(f"{name} (no {reachable[name]})" for name in wanted if reachable[name])
+    if not able:
+        raise SettingsError(f"SkyPilot cannot do what this launch needs in {unable}. Name another --cloud.")
+    if unable:
+        console.print(f"Left out, since SkyPilot cannot do there what this launch needs: {unable}.")
+    return able
+
+
+def _print_quotes(quotes: Sequence[Quote], serve: bool) -> None:
     from lorasmith.training.estimate import in_words
 
     table = Table("machine", "where", box=None, pad_edge=False)
@@ -221,11 +271,15 @@ def _print_quotes(quotes: Sequence[Quote]) -> None:
             "One time where others have two: the operations of a step are so small that starting them takes the time, "
             "on any GPU alike."
         )
+    others = (
+        "and the serving, which takes the rest of --max-cost."
+        if serve
+        else "machines that are replaced, and the small CPU machine on which SkyPilot watches the job."
+    )
     console.print(
         "Prices: SkyPilot's catalog. Times: computed, not measured (lorasmith estimate), and "
         f"{SECONDS_AROUND // 60} minutes for booting, installing and clearing up. Not in it: the bucket, traffic, "
-        "the report after training, machines that are replaced, and the small CPU machine on which SkyPilot watches "
-        "the job."
+        f"the report after training, {others}"
     )
 
 
@@ -297,7 +351,16 @@ def _default_bucket(quote: Quote) -> str:
     return f"{scheme}://lorasmith-{hashlib.sha256(owner.encode()).hexdigest()[:16]}"
 
 
-def _check_new(name: str, earlier: LaunchRecord | None, resume: bool) -> None:
+def _check_new(
+    launch: Launch, records: Sequence[LaunchRecord], earlier: LaunchRecord | None, resume: bool
+) -> None:
+    name = launch.name
+    for record in records:
+        if record.job == launch.job and record.name != name:
+            raise RunError(
+                f"{record.name}, which was launched from here, and {name} are both {launch.job} to SkyPilot, which "
+                "knows only small letters, digits and -. Choose another name: run.name=NAME."
+            )
     if earlier is not None and not resume:
         raise RunError(
             f"{name} was launched from here before. See how it is: lorasmith launch status. To go on from its copy in "
@@ -314,6 +377,7 @@ def _start(
     root: Path,
     base: str | None,
     max_cost: float | None,
+    earlier: LaunchRecord | None,
     *,
     dry_run: bool,
     asks: bool,
@@ -325,10 +389,14 @@ def _start(
         f"Upload: {len(files):,} files, {size / 2**20:.1f} MiB. Bucket: {launch.bucket.url}/{launch.name}"
     )
     if max_cost is not None and launch.budget_seconds is not None:
+        ends = (
+            "The machine itself ends the run then, saved; --resume has a --max-cost of its own."
+            if launch.serve_port is None
+            else f"It serves until then; lorasmith launch down {escape(launch.name)} ends it earlier."
+        )
         console.print(
             f"--max-cost ${max_cost:g}: at the dearest of these prices {launch.budget_seconds / 3600:.1f} hours of "
-            "rent, of all machines that this launch gets. The machine itself ends the run then, saved; --resume has a "
-            "--max-cost of its own."
+            f"rent, of all machines that this launch gets. {ends}"
         )
     if dry_run:
         print(sky.check_task(task), end="\n\n")
@@ -339,12 +407,28 @@ def _start(
         if not sys.stdin.isatty():
             raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
         typer.confirm(f"Rent {quotes[0].offer.machine}, or one of the other offers above?", abort=True)
-    write_record(root, LaunchRecord.of(launch, base))
-    sky.start(launch, task)
+    write_record(
+        root, LaunchRecord.of(launch, base)
+    )  # before: Ctrl-C ends the waiting, not what SkyPilot does
+    try:
+        sky.start(launch, task)
+    except CloudError:
+        if not sky.knows(launch):
+            if earlier is None:
+                remove_record(root, launch.name)
+            else:
+                write_record(root, earlier)
+        raise
     console.print(
         f"Launched [bold]{escape(launch.name)}[/]. Next: lorasmith launch status | logs | down | fetch "
         f"{escape(launch.name)}"
     )
+    if launch.serve_port is not None:
+        console.print(
+            f"The server's address, once it is there: {sky.find_sky()} status {launch.job} --endpoint "
+            f"{launch.serve_port}",
+            soft_wrap=True,
+        )
 
 
 class _Readable(yaml.SafeDumper):

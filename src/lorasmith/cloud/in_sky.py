@@ -15,15 +15,34 @@ from typing import Any
 
 import sky  # pyright: ignore[reportMissingImports]
 from sky.client import sdk  # pyright: ignore[reportMissingImports]
+from sky.clouds import CloudImplementationFeatures  # pyright: ignore[reportMissingImports]
+from sky.utils.registry import CLOUD_REGISTRY  # pyright: ignore[reportMissingImports]
 
 
-def clouds(question: dict[str, Any]) -> list[str]:
-    """Return the clouds that SkyPilot has credentials for."""
+def clouds(question: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the clouds that SkyPilot has credentials for, each with what it cannot do there of ``needs``."""
     found = sdk.get(sdk.enabled_clouds())
     if not found:  # SkyPilot has not looked yet
         sdk.get(sdk.check(None, False))
         found = sdk.get(sdk.enabled_clouds())
-    return sorted(cloud.lower() for cloud in found)
+    return {cloud.lower(): _lacks(cloud, question["needs"]) for cloud in sorted(found)}
+
+
+def _lacks(cloud: str, needs: list[str]) -> list[str]:
+    """Return which features SkyPilot has not for ``cloud``; its optimizer would learn of some at the launch only."""
+    lacking = []
+    for need in needs:
+        try:
+            CLOUD_REGISTRY.from_str(cloud).check_features_are_supported(
+                sky.Resources(), {CloudImplementationFeatures(need)}
+            )
+        except sky.exceptions.NotSupportedError:
+            lacking.append(need)
+        except (
+            ImportError
+        ):  # Kubernetes' own package is missing beside this client; its API server may have it
+            break
+    return lacking
 
 
 def offers(question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,6 +99,19 @@ def launch(question: dict[str, Any]) -> None:
     sdk.stream_and_get(request)
 
 
+def knows(question: dict[str, Any]) -> bool:
+    """Return whether SkyPilot has a job or a machine called ``name``, in whatever state."""
+    if not question["managed"]:
+        return bool(sdk.get(sdk.status([question["name"]])))
+    try:
+        jobs, *_ = sdk.get(sky.jobs.queue_v2(refresh=False, all_users=False, name_match=question["name"]))
+    except (
+        sky.exceptions.ClusterNotUpError
+    ) as fault:  # the machine that watches jobs: there is none, or it sleeps
+        return fault.cluster_status is not None
+    return any(job["job_name"] == question["name"] for job in jobs)
+
+
 def _task(question: dict[str, Any]) -> Any:
     """Return the task with the values of its secrets; ``Task.update_secrets`` would lose them at the launch."""
     secrets = [(name, os.environ[name]) for name in question["task"].get("secrets", ())]
@@ -90,5 +122,6 @@ if __name__ == "__main__":
     sys.tracebacklimit = 0  # SkyPilot's faults say themselves what is wrong
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # SkyPilot prints its progress; standard output is for the answer alone
-    verb = {"clouds": clouds, "offers": offers, "check": check, "launch": launch}[sys.argv[1]]
+    verbs = {"clouds": clouds, "offers": offers, "check": check, "launch": launch, "knows": knows}
+    verb = verbs[sys.argv[1]]
     json.dump(verb(json.load(sys.stdin)), answer)

@@ -23,6 +23,8 @@ VARIABLE = "LORASMITH_SKY"
 _REQUIREMENT = "skypilot[aws,gcp,kubernetes]>=0.14,<0.15"
 _IN_SKY = Path(__file__).with_name("in_sky.py")
 _LINES_OF_A_FAULT = 8
+# What every launch needs of a cloud, as SkyPilot names it and in words.
+_NEEDS = {"storage_mounting": "mounted buckets", "autodown": "machines that end by themselves"}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -76,18 +78,23 @@ def run_sky(words: Sequence[str]) -> int:
     return subprocess.run([str(find_sky()), *words], env=_environment(), check=False).returncode
 
 
-def list_clouds() -> list[str]:
-    """Return the clouds that SkyPilot has credentials for.
+def list_clouds(*, serves: bool, nodes: int) -> dict[str, str]:
+    """Return the clouds that SkyPilot has credentials for, each with what it cannot do there that a launch needs.
 
     Raises:
         CloudError: there is none.
     """
-    found: list[str] = _ask("clouds", {})
+    needs = dict(_NEEDS)
+    if nodes > 1:
+        needs["multi-node"] = "runs on several machines"
+    if serves:
+        needs["open_ports"] = "open ports"
+    found: dict[str, list[str]] = _ask("clouds", {"needs": list(needs)})
     if not found:
         raise CloudError(
             f"SkyPilot has no credentials for any cloud. See what is missing with: {find_sky()} check"
         )
-    return found
+    return {cloud: " and no ".join(needs[lack] for lack in lacks) for cloud, lacks in found.items()}
 
 
 def find_offers(machines: Sequence[str], clouds: Sequence[str], *, spot: bool) -> list[Offer]:
@@ -106,7 +113,11 @@ def check_task(task: dict[str, Any]) -> str:
 
 
 def start(launch: Launch, task: dict[str, Any]) -> None:
-    """Hand ``task`` to SkyPilot and return when it has been taken; its progress is shown."""
+    """Hand ``task`` to SkyPilot and return when it has been taken; its progress is shown.
+
+    Raises:
+        CloudError: SkyPilot refuses, or rents nothing; :func:`knows` says whether something has come of it.
+    """
     question = {
         "task": task,
         "name": launch.job,
@@ -114,6 +125,14 @@ def start(launch: Launch, task: dict[str, Any]) -> None:
         "idle_minutes": AUTOSTOP_MINUTES,
     }
     _ask("launch", question, shows=True)
+
+
+def knows(launch: Launch) -> bool:
+    """Return whether SkyPilot has a job or a machine of ``launch``; True where it cannot be asked."""
+    try:
+        return _ask("knows", {"name": launch.job, "managed": launch.is_managed})
+    except CloudError:
+        return True
 
 
 def _ask(verb: str, question: dict[str, Any], *, shows: bool = False) -> Any:

@@ -37,6 +37,11 @@ def write_record(root: Path, record: LaunchRecord) -> None:
     write_whole(folder / f"{record.name}.json", json.dumps(asdict(record), indent=2) + "\n")
 
 
+def remove_record(root: Path, name: str) -> None:
+    """Forget the launch called ``name``."""
+    (root / _FOLDER / f"{name}.json").unlink()
+
+
 def read_records(root: Path) -> list[LaunchRecord]:
     """Return what was launched from ``root``, the last one first."""
     files = (root / _FOLDER).glob("*.json")

@@ -52,6 +52,7 @@ class Estimate:
     seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
     is_bound_by_starts: bool = False
     is_sharded: bool = False  # seconds are then without the traffic of the base's layers
+    takes_whole: bool = True  # base and adapter fit one GPU, as asking loads them after a sharded training
 
     @property
     def peak_bytes(self) -> int:
@@ -173,6 +174,7 @@ def estimate_on(
         seconds=seconds,
         is_bound_by_starts=is_bound_by_starts,
         is_sharded=is_sharded,
+        takes_whole=rehearsal.weight_bytes + _CUDA_CONTEXT <= gpu.memory_bytes,
     )
 
 
