@@ -60,6 +60,16 @@ def test_a_dataset_holds_every_example_with_its_labels(write, recipe, tiny_token
     assert (dataset.receipt.used, dataset.receipt.rows_read) == (2, 2)
 
 
+def test_rows_of_a_file_of_one_line_are_named_by_number(write, recipe, tiny_tokenizer):
+    rows = [row("One?", "1"), row("One?", "1"), row("Two?", ""), row("Three?", "3 " * 40)]
+    data = DataSettings(train=write([json.dumps(rows)], "r.json"), max_seq_len=60, overlong="drop")
+    dataset = prepare_dataset(data, recipe, tiny_tokenizer)
+    assert [example.where for example in dataset] == ["r.json row 1"]
+    wheres, reasons = zip(*dataset.receipt.skips, strict=True)
+    assert wheres == ("r.json row 2", "r.json row 3", "r.json row 4")
+    assert reasons[0] == "duplicate: the same as r.json row 1"
+
+
 def test_slices_and_subsets_share_the_tokens(write, recipe, tiny_tokenizer):
     dataset = prepare_dataset(DataSettings(train=write(many(10))), recipe, tiny_tokenizer)
     whole = as_lists(dataset)

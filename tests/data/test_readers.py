@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.data import readers
-from lorasmith.data.readers import READERS, BlankLine, Position, Row, RowFault
+from lorasmith.data.readers import READERS, BlankLine, Position, Row, RowFault, split_place
 from lorasmith.data.sources import read_rows
 from lorasmith.errors import DataError
 
@@ -19,10 +19,10 @@ def read(folder, name, content):
 
 
 def summary(items):
-    """(line, what) of each item: a row's first value, a fault's reason, or blank."""
+    """(line, what) of each item: a row's first value, a fault's reason, or blank; -n for "row n"."""
     found = []
     for item in items:
-        line = int(item.where.rpartition(":")[2])
+        _, line = split_place(item.where)
         match item:
             case Row(fields, _):
                 found.append((line, next(iter(fields.values()))))
@@ -77,6 +77,13 @@ def test_a_json_list_names_every_line(tmp_path):
     assert summary(items) == [(2, 1), (4, 2), (5, "NaN or Infinity"), (5, 4), (6, 5), (6, "not an object")]
 
 
+def test_rows_of_a_list_on_one_line_are_told_apart_by_number(tmp_path):
+    items = read(tmp_path, "a row 3.json", '[{"a": 1}, {"a": oops}, {"a": 3}]')
+    assert [item.where for item in items] == [f"a row 3.json row {number}" for number in (1, 2, 3)]
+    assert [split_place(item.where) for item in items] == [("a row 3.json", -n) for n in (1, 2, 3)]
+    assert [item.where for item in read(tmp_path, "a row 3.json", '[\n{"a": 1}]')] == ["a row 3.json:2"]
+
+
 def test_a_bad_row_in_a_json_list_does_not_hide_the_next(tmp_path):
     content = '[\n{"a": 1},\n{"a": oops},\n{"a": 3}\n{"a": 4},\n{"a": "b\nc"},\n{"a": 6},\n]'
     assert summary(read(tmp_path, "r.json", content)) == [
@@ -96,7 +103,7 @@ def test_a_bad_row_in_a_json_list_does_not_hide_the_next(tmp_path):
         ("", []),
         ("[]", []),
         ("[", [(1, "not JSON")]),
-        ('[{"a": 1}', [(1, 1), (1, "not JSON")]),
+        ('[{"a": 1}', [(-1, 1), (-2, "not JSON")]),
         ('[{"a": 1}]\n]', [(1, 1), (2, "not JSON")]),
         ('"text"', [(1, "not JSON")]),
         ('{"a": 1}\n{"a": 2}\n', [(1, 1), (2, 2)]),  # JSON lines with the ending .json
@@ -122,7 +129,12 @@ def test_a_bad_row_of_many_blocks_is_left_behind(tmp_path, monkeypatch):
 
 def test_bytes_that_are_not_utf8_spoil_their_row_only(tmp_path):
     content = b'[{"a": "\xc3\xa9"}, {"a": "\xff"}, {"a": "\\udcff"}, {"a": 4}]'
-    assert summary(read(tmp_path, "r.json", content)) == [(1, "é"), (1, "not UTF-8"), (1, "\udcff"), (1, 4)]
+    assert summary(read(tmp_path, "r.json", content)) == [
+        (-1, "é"),
+        (-2, "not UTF-8"),
+        (-3, "\udcff"),
+        (-4, 4),
+    ]
 
 
 ROWS = st.lists(
@@ -145,9 +157,9 @@ def test_a_json_list_reads_the_same_in_blocks_of_any_size(tmp_path_factory, rows
         items = list(READERS[".json"](path, "r.json", position))
     assert [item.fields for item in items if isinstance(item, Row)] == rows
     assert position.done == path.stat().st_size
-    for item in items:
-        line = whole.split("\n")[int(item.where.rpartition(":")[2]) - 1]
-        assert "{" in line
+    for count, item in enumerate(items, start=1):
+        _, number = split_place(item.where)
+        assert number == -count or "{" in whole.split("\n")[number - 1]
 
 
 def test_csv_names_the_line_where_a_row_starts(tmp_path):

@@ -26,7 +26,7 @@ def test_rows_of_every_format_are_read(tmp_path):
     more = [*turns, {"role": "user", "content": "When?"}, {"role": "assistant", "content": "On the 1st."}]
     file = write(tmp_path, {"messages": turns}, {"messages": more, "keywords": ["1st", ["a", "b"]]})
     short, long = read_evaluation_rows(file)
-    assert short == EvaluationRow((Message("user", "Hi"),), "Hello.", (), "rows.json:1")
+    assert short == EvaluationRow((Message("user", "Hi"),), "Hello.", (), "rows.json row 1")
     assert [message.content for message in long.asked] == ["Hi", "Hello.", "When?"]
     assert (long.question, long.reference) == ("When?", "On the 1st.")
     assert name_keywords(long.keywords) == ["1st", "a or b"]

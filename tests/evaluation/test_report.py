@@ -82,7 +82,11 @@ def test_the_facts_are_the_same_wherever_they_are_told(run_dir, held_out):
             "rows": 7,
             "asked": 6,
             "leaked": [
-                {"question": "WHAT IS 3 PLUS 3?", "where": "held_out.json:1", "trained_at": "faq.json:1"}
+                {
+                    "question": "WHAT IS 3 PLUS 3?",
+                    "where": "held_out.json row 7",
+                    "trained_at": "faq.json row 4",
+                }
             ],
         }
     ]

@@ -22,7 +22,7 @@ from lorasmith.data.example import Example, Message
 from lorasmith.data.index import RowIndex, RowTable, read_index, write_index
 from lorasmith.data.pieces import Borders, cut_document
 from lorasmith.data.prompts import TEXT, PromptRecipe, choose_recipe, special_tokens
-from lorasmith.data.readers import Position
+from lorasmith.data.readers import Position, place_of, split_place
 from lorasmith.data.reading import read_examples
 from lorasmith.data.receipt import Ledger, Receipt
 from lorasmith.data.settings import DataSettings, PromptSettings, RowKind
@@ -111,8 +111,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         return np.cumsum(~self._table.goes_on) - 1 if self.kind == "documents" else None
 
     def where(self, i: int) -> str:
-        """Return the file:line of example ``i``."""
-        return f"{self._index.files[self._table.file_numbers[i]]}:{self._table.lines[i]}"
+        """Return the place of example ``i``, file:line as a rule."""
+        return place_of(self._index.files[self._table.file_numbers[i]], self._table.lines[i])
 
     def subset(self, indices: Sequence[int] | np.ndarray | slice) -> "TokenizedDataset":
         """Return the examples at ``indices``, in that order; no token is copied."""
@@ -369,15 +369,15 @@ def _tabulate(
         is_there = rows.lengths >= 0
         taken = is_there.reshape(-1, per_row).all(axis=1).repeat(per_row)  # a pair is taken whole
         lengths = np.where(is_there, rows.lengths, 0)
-        places = [where.rpartition(":") for where in chunk.wheres]
+        places = [split_place(where) for where in chunk.wheres]
         table = RowTable(
             shards=np.full(len(lengths), number, np.int32),
             starts=np.cumsum(lengths, dtype=np.int64) - lengths,
             stored=lengths,
             lengths=lengths,
             num_learnt=rows.num_learnt,
-            file_numbers=np.array([file_numbers[name] for name, _, _ in places], np.int32),
-            lines=np.array([int(line) for _, _, line in places], np.int64),
+            file_numbers=np.array([file_numbers[name] for name, _ in places], np.int32),
+            lines=np.array([line for _, line in places], np.int64),
             rejected=np.array(chunk.rejected, bool),
             goes_on=np.array(chunk.goes_on, bool),
         )
@@ -408,7 +408,7 @@ def _apply_overlong_policy(
     for row in dict.fromkeys((too_long // per_row).tolist()):
         members = slice(row * per_row, (row + 1) * per_row)
         longest = int(table.lengths[members].max())
-        where = f"{files[table.file_numbers[members][0]]}:{table.lines[members][0]}"
+        where = place_of(files[table.file_numbers[members][0]], table.lines[members][0])
         detail = f"{longest} tokens, max_seq_len is {data.max_seq_len}"
         if data.overlong == "truncate":
             cuts = []

@@ -26,7 +26,7 @@ class RowTable:
     lengths: np.ndarray  # int32 [N], tokens
     num_learnt: np.ndarray  # int32 [N], tokens; after the overlong policy
     file_numbers: np.ndarray  # int32 [N], into RowIndex.files
-    lines: np.ndarray  # int64 [N]
+    lines: np.ndarray  # int64 [N], the numbers of place_of
     rejected: np.ndarray  # bool [N], the second of a pair, or labelled false
     goes_on: np.ndarray  # bool [N], with the document of the example before
 

@@ -1,4 +1,4 @@
-"""One reader for each kind of data file: bytes -> rows, each with its file:line.
+"""One reader for each kind of data file: bytes -> rows, each with its place: file:line.
 
 JSON is read by hand, row by row, because the receipt needs the line of every row, because one bad row must
 not hide the next, and because a million rows must not stand in memory at once.
@@ -6,10 +6,11 @@ not hide the next, and because a million rows must not stand in memory at once.
 
 import codecs
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # what the decoder leaves in place o
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One parsed row. ``where`` is file:line; of a Parquet file or a Hub split, name:row, from 1."""
+    """One parsed row. ``where`` is its place: see :func:`place_of`."""
 
     fields: dict[str, Any]
     where: str
@@ -52,6 +53,23 @@ class Position:
     """How far a reader has come, for the progress bar: bytes of a file, rows of a Parquet file or Hub split."""
 
     done: int = 0
+
+
+def place_of(name: str, number: int) -> str:
+    """Return file:line; of a Parquet file or a Hub split name:row, from 1.
+
+    A negative ``number`` is a row of a file whose lines hold several: "file row 7".
+    """
+    return f"{name}:{number}" if number >= 0 else f"{name} row {-number}"
+
+
+def split_place(where: str) -> tuple[str, int]:
+    """Return the name and the number from which :func:`place_of` made ``where``."""
+    name, _, line = where.rpartition(":")
+    if line.isdecimal():
+        return name, int(line)
+    name, _, row = where.rpartition(" row ")
+    return name, -int(row)
 
 
 class _NotFiniteError(ValueError):
@@ -122,7 +140,15 @@ def read_json(path: Path, name: str, position: Position) -> Iterator[Item]:
                 )
             return
         window.advance(1)
-        yield from _read_list(window, name)
+        yield from _told_apart(_read_list(window, name), name)
+
+
+def _told_apart(items: Iterator[Item], name: str) -> Iterator[Item]:
+    """Yield ``items``, by the number of the row where the first two are of one line, as in a file of a single line."""
+    first = list(itertools.islice(items, 2))
+    is_by_row = len(first) == 2 and first[0].where == first[1].where
+    for number, item in enumerate(itertools.chain(first, items), start=1):
+        yield replace(item, where=place_of(name, -number)) if is_by_row else item
 
 
 def _is_whole(path: Path) -> bool:

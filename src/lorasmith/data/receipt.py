@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorasmith.data.readers import split_place
+
 _MAX_LISTED = 1000  # rows listed by file:line in receipt.json, of each kind; the counts are of all
 
 
@@ -148,8 +150,8 @@ class Ledger:
         )
 
     def _order(self, entry: tuple[str, str]) -> tuple[int, int]:
-        name, _, line = entry[0].rpartition(":")
-        return self._files[name], int(line)
+        name, number = split_place(entry[0])
+        return self._files[name], abs(number)
 
 
 def _sentence(reason: str, detail: str) -> str:
