@@ -1,10 +1,12 @@
 """The studio: by its functions, and by clicking through it in headless Chromium."""
 
+import asyncio
 import json
 import re
 import shutil
 import time
 import zipfile
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -13,12 +15,14 @@ pytest.importorskip("gradio", reason="the extra studio is not installed")
 
 from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.errors import DataError, LorasmithError, RunError, SettingsError
+from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.method_settings import METHODS, RsLoraSettings
 from lorasmith.serve.keys import Keys
 from lorasmith.serve.models import open_models
 from lorasmith.serve.service import Service
 from lorasmith.serve.settings import ServeSettings
 from lorasmith.serve.studio import jobs, train
+from lorasmith.serve.studio.chat import build_chat
 from lorasmith.serve.studio.data import examine
 from lorasmith.serve.studio.form import fields_of, make_input, read_form
 from lorasmith.serve.studio.page import mount_studio
@@ -294,6 +298,31 @@ def test_without_keys_the_page_is_for_this_machine_only(service, places):
     with pytest.raises(SettingsError, match="which starts processes on this one"):
         mounting(service, places)(FastAPI())
     service.close()
+
+
+def test_a_model_that_is_left_out_of_a_question_keeps_its_conversation(service):
+    import gradio
+
+    how = {**SamplingSettings().model_dump(), "max_tokens": 12, "stop": "", "seed": ""}
+    request = SimpleNamespace(session_hash="one page")
+
+    async def ask(answer, question, chosen, talks):
+        steps = [step async for step in answer(request, question, chosen, talks, *how.values())]
+        return steps[-1]
+
+    async def ask_three_times():
+        with gradio.Blocks() as page:
+            build_chat(service)
+        answer = next(event.fn for event in page.fns.values() if event.name == "answer")
+        *_, talks = await ask(answer, "Who?", ["tiny", "faq"], {})
+        *_, talks = await ask(answer, "Why?", ["tiny"], talks)
+        return await ask(answer, "When?", ["tiny", "faq"], talks)
+
+    _, shown, talks = asyncio.run(ask_three_times())
+    service.close()
+    asked = {name: [turn.content for turn in talk if turn.role == "user"] for name, talk in talks.items()}
+    assert asked == {"tiny": ["Who?", "Why?", "When?"], "faq": ["Who?", "When?"]}
+    assert shown.count("Who?") == 2
 
 
 @pytest.fixture(scope="module")

@@ -55,11 +55,13 @@ def build_chat(service: Service) -> gr.CheckboxGroup:
         except LorasmithError as error:
             yield asked, fault(error), talks
             return
+        others = {name: talk for name, talk in talks.items() if name not in chosen}
         talks = {name: [*talks.get(name, ()), Message("user", asked)] for name in chosen}
         now = under_way[request.session_hash] = _Round()
         try:
             async for texts, faults in _answer_all(service, talks, sampling, now):
-                yield "", _show(talks, chosen, texts, faults), _with_answers(talks, texts, faults)
+                so_far = {**others, **_with_answers(talks, texts, faults)}
+                yield "", _show(talks, chosen, texts, faults), so_far
             if now.is_forgotten:
                 yield "", _show({}, chosen), {}
         finally:
