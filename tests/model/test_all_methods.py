@@ -9,6 +9,8 @@ from peft import PeftModel
 from conftest import make_tiny_model
 from lorasmith.cli.run_file import load_run_file, train
 from lorasmith.data.example import Message
+from lorasmith.engine.forward import PackForward
+from lorasmith.engine.settings import EngineSettings
 from lorasmith.errors import AdapterError, MergeError, SettingsError
 from lorasmith.export.merge import merge
 from lorasmith.generation.chat import Chat
@@ -230,6 +232,26 @@ def test_the_highest_rank_is_opened_again_and_one_above_is_refused_at_once(
     model = attach_adapter(make_tiny_model("llama"), METHODS[name](**{key: most}), seed=0, num_steps=20)
     save_adapter(model, tmp_path / "adapter", allow_no_effect=True)
     assert read_adapter_config(tmp_path / "adapter")[key] == most * (2 if name == "pissa" else 1)
+
+
+@pytest.mark.parametrize(("size", "inputs", "nearest"), [(5, 32, 4), (64, 32, 32)])
+def test_oft_blocks_that_do_not_fill_a_layer_are_refused(size, inputs, nearest, tiny_llama):
+    # PEFT would take blocks of another size, and say so in a warning.
+    wrong = rf"method\.oft_block_size={size} does not divide the {inputs} inputs .* Use {nearest}\."
+    with pytest.raises(SettingsError, match=wrong):
+        attach_adapter(tiny_llama, METHODS["oft"](oft_block_size=size), seed=0)
+
+
+def test_what_peft_refuses_is_told_in_whole_sentences(tiny_llama):
+    settings = METHODS["ia3"](target_modules=("q_proj",), feedforward_modules=("down_proj",))
+    with pytest.raises(SettingsError, match=r"`target_modules`\. Change the method's settings"):
+        attach_adapter(tiny_llama, settings, seed=0)
+
+
+def test_prefix_says_itself_that_activations_cannot_be_recomputed(tiny_llama):
+    model = attach_adapter(tiny_llama, METHODS["prefix"](num_virtual_tokens=V), seed=0)
+    with pytest.raises(SettingsError, match=r"is true, and with method\.name=prefix no layer can recompute"):
+        PackForward(model, EngineSettings(gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize("name", ["pissa", "adalora", "p_tuning", "full"])

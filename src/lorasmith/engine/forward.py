@@ -145,9 +145,12 @@ class PackForward:
     @property
     def can_checkpoint(self) -> bool:
         """Whether the layers of this model can be told to recompute their activations."""
+        return bool(self._base.supports_gradient_checkpointing) and not self._brings_keys
+
+    @property
+    def _brings_keys(self) -> bool:
         # transformers drops the keys and values that prefix tuning brings when it recomputes a layer.
-        brings_keys = isinstance(self._model, PeftModel) and "PREFIX" in str(self._model.peft_type)
-        return bool(self._base.supports_gradient_checkpointing) and not brings_keys
+        return isinstance(self._model, PeftModel) and "PREFIX" in str(self._model.peft_type)
 
     @property
     def checkpointing(self) -> bool:
@@ -161,9 +164,13 @@ class PackForward:
             SettingsError: it is wanted, and the model cannot.
         """
         if wanted and not self.can_checkpoint:
+            why = (
+                "with method.name=prefix no layer can recompute its activations"
+                if self._brings_keys
+                else f"{self._base.config.model_type} has no layers that can recompute their activations"
+            )
             raise SettingsError(
-                f"engine.gradient_checkpointing is true, and {self._base.config.model_type} has no layers that can "
-                "recompute their activations. Use a smaller training.micro_batch_tokens instead."
+                f"engine.gradient_checkpointing is true, and {why}. Use a smaller training.micro_batch_tokens instead."
             )
         if wanted:
             self._base.activation_checkpointing_enable(

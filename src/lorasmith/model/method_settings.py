@@ -17,9 +17,9 @@ starts at zero and A learns next to nothing until B has grown; the others are th
 """
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -196,7 +196,9 @@ class AdaLoraSettings(_OnLinearLayers):
 
     name: Literal["adalora"] = Field(default="adalora", description=_NAME)
     init_r: int = Field(default=24, ge=1, description="Rank that every layer starts with.")
-    target_r: int = Field(default=16, ge=1, description="Rank at the end, on average over the layers.")
+    target_r: int = Field(
+        default=16, ge=1, description="Rank at the end, on average over the layers; below init_r."
+    )
     lora_alpha: float = Field(
         default=32, gt=0, description="The adapter's output is scaled by lora_alpha / r."
     )
@@ -211,13 +213,22 @@ class AdaLoraSettings(_OnLinearLayers):
         default=0.5, gt=0, description="Weight of the penalty that keeps A and B orthogonal."
     )
 
+    @model_validator(mode="after")
+    def _takes_ranks_away(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise ValueError(
+                f"adalora goes from rank init_r ({self.init_r}) down to target_r ({self.target_r}), which must be "
+                "smaller; set both, or take lora with method.r"
+            )
+        return self
+
     def to_peft(self, targets: tuple[str, ...] | None = None, num_steps: int = 1000) -> "PeftConfig":
         """Return PEFT's config for a run of ``num_steps``: the ranks' schedule depends on them."""
         from peft import AdaLoraConfig
 
         return AdaLoraConfig(
             init_r=self.init_r,
-            target_r=min(self.target_r, self.init_r),
+            target_r=self.target_r,
             lora_alpha=_whole(self.lora_alpha),  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
             tinit=num_steps // 10 if self.tinit is None else self.tinit,

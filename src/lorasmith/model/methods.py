@@ -11,6 +11,7 @@ y = W x + (lora_alpha / r) * B A x          Hu et al. 2021, arXiv 2106.09685, se
               y [D_out]
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from lorasmith.model.method_settings import (
     BoftSettings,
     Ia3Settings,
     MethodSettings,
+    OftSettings,
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
@@ -58,7 +60,7 @@ def attach_adapter(
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
         except (ValueError, TypeError, AssertionError, RuntimeError, KeyError) as fault:
             raise SettingsError(
-                f"PEFT cannot put method.name={settings.name} on this model: {str(fault).strip()} "
+                f"PEFT cannot put method.name={settings.name} on this model: {str(fault).strip().rstrip('.!')}. "
                 "Change the method's settings, or take method.name=lora."
             ) from fault
     _check_ranks(adapted, settings)
@@ -188,10 +190,30 @@ def _configure(
                 f"method.boft_n_butterfly_factor is {settings.boft_n_butterfly_factor}, and PEFT has more than one "
                 "factor on CUDA only. Use 1."
             )
+    if isinstance(settings, OftSettings):
+        _check_blocks(model, names, settings.oft_block_size)
     config = settings.to_peft(names)
     if isinstance(settings, VeraSettings):
         config.projection_prng_key = seed  # type: ignore[attr-defined]
     return config
+
+
+def _check_blocks(model: "PreTrainedModel", names: tuple[str, ...], size: int) -> None:
+    """Raise SettingsError where blocks do not fill a layer's inputs: PEFT would take another size, with a warning."""
+    inputs = {
+        path: model.get_submodule(path).weight.shape[-1]  # type: ignore[union-attr,index]
+        for path in _linear_paths(model)
+        if any(path == name or path.endswith(f".{name}") for name in names)
+    }
+    for path, count in inputs.items():
+        if count % size:
+            common = math.gcd(*inputs.values())
+            fits = [divisor for divisor in range(2, common + 1) if common % divisor == 0]
+            nearest = min(fits, key=lambda divisor: abs(divisor - size), default=None)
+            raise SettingsError(
+                f"method.oft_block_size={size} does not divide the {count:,} inputs of {path}. "
+                + (f"Use {nearest}." if nearest else "Take method.name=lora.")
+            )
 
 
 def _linear_paths(model: "PreTrainedModel") -> list[str]:
