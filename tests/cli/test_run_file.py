@@ -70,6 +70,28 @@ def test_all_faults_are_told_together_with_the_nearest_right_name(run_file):
         assert expected in text
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "method.target_modules=q_proj",
+            "'q_proj': input should be 'all-linear' or a list, such as [q_proj]",
+        ),
+        ("prompt.stop=END", "'END': input should be a list, such as [END]"),
+        ("training.micro_batch_tokens=many", "'many': input should be a valid integer or 'auto'"),
+    ],
+)
+def test_a_value_that_is_of_none_of_a_settings_kinds_is_one_fault(word, told):
+    text = faults(None, ["data.train=a.json", word])
+    assert text.startswith("1 fault in the settings:")
+    assert text.endswith(f"command line: {word.partition('=')[0]} is {told}")
+
+
+def test_adalora_must_have_ranks_to_take_away():
+    text = faults(None, ["data.train=a.json", "method.name=adalora", "method.init_r=8"])
+    assert "method: adalora goes from rank init_r (8) down to target_r (16), which must be smaller" in text
+
+
 def test_a_setting_in_the_wrong_section_is_found_in_the_right_one(run_file):
     assert "did you mean method.r?" in faults(run_file("data: {train: a.json}\ntraining: {r: 8}\n"))
 

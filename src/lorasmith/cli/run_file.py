@@ -81,7 +81,9 @@ def load_run_file(
         run_file = RunFile.model_validate(values)
     except ValidationError as error:
         method = values.get("method", {}).get("name", "lora")
-        faults += [_describe(fault, fault["loc"], sources, path, method) for fault in error.errors()]
+        faults += _each_once(
+            [_describe(fault, fault["loc"], sources, path, method) for fault in error.errors()]
+        )
         run_file = None
     if faults or run_file is None:
         raise _all_at_once(faults)
@@ -107,10 +109,25 @@ def override_report(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Re
     try:
         settings = ReportSettings.model_validate(values["report"])
     except ValidationError as error:
-        faults += [_describe(fault, ("report", *fault["loc"]), sources, None, "") for fault in error.errors()]
+        faults += _each_once(
+            [_describe(fault, ("report", *fault["loc"]), sources, None, "") for fault in error.errors()]
+        )
     if faults or settings is None:
         raise _all_at_once(faults)
     return settings
+
+
+def _each_once(faults: Sequence[str]) -> list[str]:
+    """Return the faults with those of one value made one: it may be wrong for each kind that a setting takes."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        about, _, kind = fault.partition(_SHOULD_BE)
+        kinds.setdefault(about, []).append(kind)
+    told = []
+    for about, found in kinds.items():
+        whole = found[0] if len(found) == 1 else " or ".join(kind.partition(", unable")[0] for kind in found)
+        told.append(f"{about}{_SHOULD_BE}{whole}" if whole else about)
+    return told
 
 
 def _all_at_once(faults: Sequence[str]) -> SettingsError:
@@ -334,10 +351,16 @@ def _describe(
             return f"{source}: {name} is no setting of {method}, which has {own}; it belongs to {', '.join(owners)}"
         return f"{source}: {_describe_unknown(name, is_section='.' not in name)}"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "tuple_type":
+        value = "..." if isinstance(fault["input"], dict) else fault["input"]
+        message = f"{_SHOULD_BE[2:]}a list, such as [{value}]"
     message = message[:1].lower() + message[1:]
     if name not in sources:  # a rule over several settings of a section
         return f"{name}: {message}"
     return f"{source}: {name} is {_show(fault['input'])}: {message}"
+
+
+_SHOULD_BE = ": input should be "  # pydantic's words
 
 
 def _owners_of(key: str) -> list[str]:
