@@ -46,7 +46,7 @@ from lorasmith.files import write_whole
 from lorasmith.generation.chat import Chat, open_chat
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.model.found import MERGED_FILE, Tell, fingerprint_adapter, say_nothing
-from lorasmith.model.run_record import RunRecord, library_versions, read_run_record
+from lorasmith.model.run_record import RunRecord, how_to_finish, library_versions, read_run_record
 from lorasmith.training.reporters import read_metrics
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
@@ -157,7 +157,7 @@ def make_report(
     started = time.monotonic()
     record = read_run_record(run_dir)
     if record.result is None:
-        raise RunError(f"The run {run_dir} has not been trained to its end. Train it on: lorasmith train.")
+        raise RunError(f"The run {run_dir} has not been trained to its end. {how_to_finish(run_dir)}")
     merged = merged or _last_merge(run_dir)
     if merged is not None:
         _check_merge(merged, run_dir)

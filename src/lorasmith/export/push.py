@@ -35,7 +35,7 @@ from lorasmith.model.adapter_folder import CONFIG, WEIGHTS, check_finite_weights
 from lorasmith.model.base import BaseRef, fingerprint_weights, weight_files
 from lorasmith.model.found import MERGED_FILE, Tell, fingerprint_adapter, say_nothing
 from lorasmith.model.hub import hub_faults
-from lorasmith.model.run_record import RunRecord, read_run_record
+from lorasmith.model.run_record import RunRecord, how_to_finish, read_run_record
 from lorasmith.model.trained import ADAPTER, MODEL
 
 _CHAT_TEMPLATE = "chat_template.jinja"  # as transformers calls it
@@ -94,10 +94,7 @@ def prepare(
     run_dir = Path(run)
     record = read_run_record(run_dir)
     if record.result is None:
-        raise HubError(
-            f"The run {run_dir} has not been trained to its end. Finish it: lorasmith train RUN.yaml --name "
-            f"{run_dir.resolve().name} --resume"
-        )
+        raise HubError(f"The run {run_dir} has not been trained to its end. {how_to_finish(run_dir)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         public = _made_public(record)

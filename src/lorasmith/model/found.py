@@ -34,7 +34,7 @@ from lorasmith.model.base import (
 )
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.hub import pull_adapter, reads_as_hub_id
-from lorasmith.model.run_record import RunRecord, read_run_record
+from lorasmith.model.run_record import RunRecord, how_to_finish, read_run_record
 from lorasmith.model.settings import BUILT_IN, BaseSettings
 
 if TYPE_CHECKING:
@@ -182,7 +182,9 @@ def find_run(
     if adapter is None:
         adapter = run_dir / "adapter"
         if record.result is None and not adapter.is_dir():
-            raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no adapter/ yet.")
+            raise AdapterError(
+                f"The run {run_dir} has not been trained to its end: it has no adapter/ yet. {how_to_finish(run_dir)}"
+            )
     read_adapter_config(adapter)
     recipe = PromptRecipe.from_json(record.recipe)
     trusted = _trusts(record)
@@ -203,7 +205,9 @@ def _find_full(run_dir: Path, record: RunRecord) -> FoundModel:
     """Return the whole model of a run that trained every weight."""
     folder = run_dir / "model"
     if not folder.is_dir():
-        raise AdapterError(f"The run {run_dir} has not been trained to its end: it has no model/ yet.")
+        raise AdapterError(
+            f"The run {run_dir} has not been trained to its end: it has no model/ yet. {how_to_finish(run_dir)}"
+        )
     if damage := find_damage(folder, needed=("config.json",)):
         raise BaseModelError(f"The model {folder} is damaged: {', '.join(damage)}. Copy it again.")
     base = resolve_base(BaseSettings(model=str(folder)))

@@ -114,6 +114,11 @@ def list_runs(root: Path | str = "runs") -> list[tuple[Path, RunRecord | RunErro
     return sorted(readable, key=lambda run: run[1].created, reverse=True) + broken  # type: ignore[union-attr]
 
 
+def how_to_finish(run_dir: Path) -> str:
+    """Return the sentence that ends a refusal of an unfinished run: what goes on with it, whatever its name was."""
+    return f"Finish it: lorasmith train RUN.yaml --name {run_dir.resolve().name} --resume"
+
+
 def describe_run(folder: Path, record: RunRecord) -> dict[str, Any]:
     """Return one run as plain values; ``state`` is finished, training, stopped (a checkpoint waits) or started."""
     if record.result is not None:
