@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from conftest import make_tiny_model
-from lorasmith.cli.run_file import load_run_file, train
+from lorasmith.cli.run_file import load_run_file, prepare, train
 from lorasmith.data.example import Message
 from lorasmith.errors import MissingExtraError, SettingsError
 from lorasmith.export.merge import merge
@@ -100,6 +100,15 @@ def test_the_recipe_of_2023_runs_on_it_and_merges_into_the_unquantised_base(
     assert merge(tmp_path / "run", tmp_path / "merged", prompts=asked, device="cpu").faults() == []
     weights = load_base(resolve_base(BaseSettings(model=str(tmp_path / "merged"))), CPU)
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
+
+
+def test_how_the_weights_are_held_is_said(tiny_base_folder, training_rows, tmp_path):
+    (tmp_path / "faq.json").write_text(json.dumps(training_rows[:4]))
+    words = [f"base.model={tiny_base_folder}", f"data.train={tmp_path / 'faq.json'}"]
+    words += ["base.quantization=nf4", "base.dtype=float32", "engine.threads=1"]
+    said = []
+    prepare(load_run_file(None, words, {}), tmp_path / "run", say=said.append)
+    assert "Number format: float32 (cpu: float32, as asked); the frozen weights are held as nf4" in said
 
 
 def test_without_bitsandbytes_the_pip_line_is_told(tiny_base_folder, monkeypatch):

@@ -202,7 +202,8 @@ def prepare_job(
     team.check_same(_what_must_agree(record))
     resume_from = what_to_resume(run_dir, then, record, output, say, team)
 
-    say(f"Number format: {found['dtype']} ({choice.reason})")
+    held = "" if base.quantization == "none" else f"; the frozen weights are held as {base.quantization}"
+    say(f"Number format: {found['dtype']} ({choice.reason}){held}")
     num_steps = training.num_steps(num_rows(dataset))
     is_sharded = engine.shard_base and team.count > 1
     model = _load_model(
