@@ -1,6 +1,7 @@
 """``lorasmith estimate``: here by measurement, for a GPU by computing, also without any weights."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -47,6 +48,15 @@ def test_here_it_is_measured_and_nothing_is_left(lorasmith, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [("method.name=lora", ", shared prefixes counted once. "), ("method.lora_dropout=0.1", ". All of it")],
+)
+def test_shared_prefixes_are_named_where_they_are_shared(lorasmith, words, more, told):
+    output = " ".join(lorasmith("estimate", *words, more, "--gpu", "L4").output.split())
+    assert re.search(rf"Tokens of the run: \d[\d,]*{re.escape(told)}", output), output
+
+
 def test_the_parts_are_the_peak_in_json_too(lorasmith, words):
     report = json.loads(lorasmith("estimate", *words, "--json").output)
     (here,) = report["estimates"]
@@ -57,6 +67,16 @@ def test_the_parts_are_the_peak_in_json_too(lorasmith, words):
     # r=16 on q, k, v, o, gate, up, down of two layers of hidden size 32, keys of 16, middle size 64.
     assert report["disk"]["adapter"] == 4 * 2 * 16 * (64 + 48 + 48 + 64 + 96 + 96 + 96)
     assert report["free_disk_bytes"] > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_merged_model_of_a_quantised_base_is_as_large_as_that_of_another(kind, lorasmith, words):
+    pytest.importorskip("bitsandbytes")
+    words = ("estimate", *words, "base.dtype=bfloat16", "--json")
+    merged = [
+        json.loads(lorasmith(*words, f"base.quantization={how}").output)["disk"] for how in ("none", kind)
+    ]
+    assert merged[0] == merged[1]
 
 
 def test_for_a_gpu_it_is_computed_from_the_config_alone(lorasmith, words, tmp_path, tiny_base_folder):

@@ -98,6 +98,19 @@ def test_a_run_from_flags_leaves_a_whole_run_folder(lorasmith, tiny_base_folder,
     assert "lorasmith ask" in result.output
 
 
+@pytest.mark.parametrize(
+    ("more", "ways"),
+    [
+        ((), r"\d+ padded, \d+ packed, \d+ with shared prefixes\."),
+        (("method.lora_dropout=0.1",), r"\d+ padded, \d+ packed\."),
+        (("method.name=prompt",), r"\d+ padded\."),
+    ],
+)
+def test_only_what_a_run_can_do_is_counted(lorasmith, tiny_base_folder, rows, more, ways):
+    result = lorasmith(*train_words(tiny_base_folder, rows, *more, "training.max_steps=1"))
+    assert re.search(f"Tokens an epoch: {ways}", result.output), result.output
+
+
 @pytest.mark.parametrize(("name", "shown"), [("dpo", "margin"), ("simpo", "margin"), ("kto", "kl")])
 def test_what_an_objective_tells_stands_beside_the_loss(lorasmith, tiny_base_folder, tmp_path, name, shown):
     rows = tmp_path / "pairs.jsonl"

@@ -174,9 +174,8 @@ def _print_estimates(estimates: list["Estimate"]) -> None:
         if first.num_asked
         else ""
     )
-    console.print(
-        f"Tokens of the run: {first.num_tokens:,}, shared prefixes counted once{asked}. {_basis(first)}"
-    )
+    once = ", shared prefixes counted once" if first.shares_prefixes else ""
+    console.print(f"Tokens of the run: {first.num_tokens:,}{once}{asked}. {_basis(first)}")
 
 
 def _basis(estimate: "Estimate") -> str:

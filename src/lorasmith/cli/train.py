@@ -241,10 +241,14 @@ def _print_plan(job: "TrainingJob") -> None:
     gain = job.gain
     rows = "pairs" if examples_per_row(job.dataset) == 2 else "examples"
     rows = rows if documents_of(job.dataset) is None else "pieces"
+    ways = [f"{gain.padded:,} padded"]  # the last is that of this run
+    if job.forward.packed:
+        ways.append(f"{gain.packed:,} packed")
+    if job.forward.share_prefixes:
+        ways.append(f"[bold]{gain.shared:,}[/] with shared prefixes")
     console.print(
         f"{num_rows(job.dataset):,} {rows}, {job.num_steps:,} steps of {job.training.batch_size} {rows}. "
-        f"Tokens an epoch: {gain.padded:,} padded, {gain.packed:,} packed, "
-        f"[bold]{gain.shared:,}[/] with shared prefixes."
+        f"Tokens an epoch: {', '.join(ways)}."
     )
     warmup = job.training.num_warmup_steps(job.num_steps)
     if warmup >= job.num_steps:

@@ -6,7 +6,7 @@ take is added up. On a GPU the CUDA context and the allocator's waste are assump
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from lorasmith.engine.forward import PackForward
 from lorasmith.engine.settings import EngineSettings
 from lorasmith.model.gpus import Gpu
 from lorasmith.model.memory import free_bytes
+from lorasmith.model.methods import count_frozen
 from lorasmith.packing.plan import Gain
 from lorasmith.training.fit import Fit, bytes_of_training, fit_computed
 from lorasmith.training.rehearsal import Rehearsal
@@ -53,6 +54,7 @@ class Estimate:
     is_bound_by_starts: bool = False
     is_sharded: bool = False  # seconds are then without the traffic of the base's layers
     takes_whole: bool = True  # base and adapter fit one GPU, as asking loads them after a sharded training
+    shares_prefixes: bool = True  # num_tokens counts a shared prefix once
 
     @property
     def peak_bytes(self) -> int:
@@ -110,6 +112,7 @@ def estimate_here(
         num_tokens=num_tokens,
         num_asked=num_asked,
         seconds=(seconds, seconds),
+        shares_prefixes=forward.share_prefixes,
     )
 
 
@@ -175,6 +178,7 @@ def estimate_on(
         is_bound_by_starts=is_bound_by_starts,
         is_sharded=is_sharded,
         takes_whole=rehearsal.weight_bytes + _CUDA_CONTEXT <= gpu.memory_bytes,
+        shares_prefixes=rehearsal.forward.share_prefixes,
     )
 
 
@@ -187,7 +191,8 @@ def disk_needed(
 ) -> dict[str, int]:
     """Return the bytes that a run and its merge write, by what they are."""
     adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # Held in 8 or 4 bits or not: a merge writes the unquantised weights.
+    base = count_frozen(model) * cast(torch.dtype, model.config.dtype).itemsize
     kept = training.keep_checkpoints + validates + 1  # a new one is whole before an old one goes
     num_tokens = sum(len(example.input_ids) for example in dataset)
     return {
