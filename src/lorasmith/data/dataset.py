@@ -408,7 +408,7 @@ def _apply_overlong_policy(
     for row in dict.fromkeys((too_long // per_row).tolist()):
         members = slice(row * per_row, (row + 1) * per_row)
         longest = int(table.lengths[members].max())
-        where = place_of(files[table.file_numbers[members][0]], table.lines[members][0])
+        where = place_of(files[int(table.file_numbers[members.start])], int(table.lines[members.start]))
         detail = f"{longest} tokens, max_seq_len is {data.max_seq_len}"
         if data.overlong == "truncate":
             cuts = []
