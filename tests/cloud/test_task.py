@@ -52,6 +52,11 @@ def test_a_server_has_a_port_and_is_not_moved(make_launch, make_quote):
     assert "--host 0.0.0.0 --port 8000" in task["run"]
 
 
+@pytest.mark.parametrize("name", ["Faq.v1", "faq_v1", "faq-v1_."])
+def test_a_job_is_called_as_skypilot_calls_machines(make_launch, name):
+    assert make_launch(name=name).job == "lorasmith-faq-v1"
+
+
 @pytest.mark.parametrize("url", ["team", "s3://", "s3://team/folder", "azure://team", "https://team"])
 def test_a_bucket_is_a_bucket(url):
     with pytest.raises(SettingsError, match="a bucket is named s3://NAME or gs://NAME, without a folder"):

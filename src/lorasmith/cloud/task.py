@@ -61,8 +61,8 @@ class Launch:
 
     @property
     def job(self) -> str:
-        """The name that SkyPilot knows it by."""
-        return f"lorasmith-{self.name}".lower().replace("_", "-").replace(".", "-")
+        """The name that SkyPilot knows it by: small letters, digits and -, which may not be the last."""
+        return f"lorasmith-{self.name}".lower().replace("_", "-").replace(".", "-").rstrip("-")
 
     @property
     def is_managed(self) -> bool:
