@@ -1,15 +1,19 @@
 """What a run records of its first start is what it goes on with."""
 
+import pytest
 import torch
 
 from conftest import make_tiny_model
 from lorasmith.engine.settings import EngineSettings
+from lorasmith.errors import SettingsError
 from lorasmith.model.base import BaseRef
-from lorasmith.model.method_settings import LoraSettings
+from lorasmith.model.method_settings import METHODS, LoraSettings
+from lorasmith.model.methods import attach_adapter
 from lorasmith.model.run_record import RunRecord
 from lorasmith.model.settings import BaseSettings
 from lorasmith.training.fit import Fit
 from lorasmith.training.job import (
+    _check_context,
     _choose_device,
     _choose_rate,
     _recorded_fit,
@@ -124,3 +128,14 @@ def test_what_running_out_of_memory_found_stays_under_the_same_settings():
     )
     assert fit is not None
     assert fit.micro_batch_tokens == 512
+
+
+def test_an_example_longer_than_the_model_reads_is_told(tiny_llama):
+    assert _check_context(tiny_llama, 512) is None
+    advice = _check_context(tiny_llama, 513)
+    assert advice is not None
+    assert "513 tokens, and the model reads at most 512" in advice
+    model = attach_adapter(tiny_llama, METHODS["prompt"](num_virtual_tokens=20), seed=0)
+    assert _check_context(model, 492) is None
+    with pytest.raises(SettingsError, match=r"num_virtual_tokens is 20, the longest example has 493 tokens"):
+        _check_context(model, 493)

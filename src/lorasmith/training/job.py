@@ -47,6 +47,7 @@ from lorasmith.model.methods import (
     check_method,
     count_frozen,
     count_trainable,
+    num_virtual_tokens,
     train_all_weights,
 )
 from lorasmith.model.run_record import LOCK, RunRecord, read_run_record, write_run_record
@@ -209,6 +210,8 @@ def prepare_job(
     model = _load_model(
         resolved, choice, base, method, training.seed, num_steps, team if is_sharded else None
     )
+    if advice := _check_context(model, int(dataset.lengths.max())):
+        say(advice)
     if is_sharded:
         engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
     engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
@@ -325,6 +328,28 @@ def _load_model(
         packed = shard_base(model, shared_by, choice.device)
     check_gathered(model, packed)
     return model
+
+
+def _check_context(model: PeftModel | PreTrainedModel, longest: int) -> str | None:
+    """Return a warning where the ``longest`` example has more tokens than the model was made for.
+
+    Raises:
+        SettingsError: virtual tokens stand before it, and leave it no room: a model trained so could not be asked.
+    """
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    virtual = num_virtual_tokens(model)
+    if room is None or virtual + longest <= room:
+        return None
+    if virtual:
+        raise SettingsError(
+            f"method.num_virtual_tokens is {virtual:,}, the longest example has {longest:,} tokens, and the model "
+            f"reads at most {room:,} together. Use fewer virtual tokens, or leave long examples out: "
+            "data.max_seq_len and data.overlong=drop."
+        )
+    return (
+        f"Warning: the longest example has {longest:,} tokens, and the model reads at most {room:,}: places beyond are "
+        f"new to it, and so long a question cannot be asked. Use data.max_seq_len={room} or less."
+    )
 
 
 def _make_rehearsal(
