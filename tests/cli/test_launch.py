@@ -200,7 +200,7 @@ def test_two_runs_are_not_one_job(launch, words, sky, tmp_path):
 
 
 def test_clouds_that_cannot_do_it_are_left_out(launch, words, sky, monkeypatch):
-    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret-key")
     sky.answer(**ANSWERS | {"clouds": {"aws": [], "mithril": ["open_ports"], "runpod": ["storage_mounting"]}})
     serve = (*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--bucket", "s3://team", "--dry-run")
     said = launch(*serve).output
@@ -243,7 +243,7 @@ def test_what_loads_a_sharded_base_whole_is_refused_where_it_does_not_fit(
     assert "Left out: With its base sharded the run fits L4:4, but the report after training" in said
     assert "$5.00" not in said
     assert "$20.00" in said
-    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret-key")
     serve = (*sharded, "report.after_training=false", "--serve", "--max-cost", "9")
     with pytest.raises(SettingsError, match=r"fits L4:4, but --serve loads .* Leave --serve out"):
         launch(*serve, "--gpu", "L4:4")
@@ -272,7 +272,7 @@ def test_a_launch_is_looked_after_by_sky(launch, words, sky):
 
 
 def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monkeypatch):
-    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret")
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-very-secret-key")
     said = launch(*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--yes").output
     assert "It serves until then; lorasmith launch down faq ends it earlier." in " ".join(said.split())
     assert "the serving, which takes the rest of --max-cost" in " ".join(said.split())
@@ -316,6 +316,13 @@ def test_what_cannot_be_is_said_before_anything_is_rented(launch, words, sky, mo
         launch(*words, *gpu, *more, "--yes")
     asked = sky.asked if (sky.folder / "asked.jsonl").exists() else []
     assert "launch" not in [verb for verb, _ in asked]
+
+
+def test_keys_that_the_server_would_refuse_are_refused_before_it_is_rented(launch, words, sky, monkeypatch):
+    monkeypatch.setenv("LORASMITH_API_KEYS", "sk-team")
+    with pytest.raises(LorasmithError, match="shorter than 16 characters"):
+        launch(*words, "--gpu", "L4:1", "--serve", "--max-cost", "4", "--yes")
+    assert not (sky.folder / "asked.jsonl").exists()
 
 
 def test_parquet_is_found_wherever_in_a_folder_it_lies(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import httpx2
 import psutil
 import pytest
 from safetensors.numpy import load_file
@@ -196,3 +197,39 @@ def test_two_machines_are_one_run(machine, run_file, tmp_path):
     assert [step["loss"] for step in found] == pytest.approx([step["loss"] for step in whole], rel=1e-3)
     assert json.loads((rented[0].copy / "run.json").read_text())["result"]["steps"] == NUM_STEPS
     assert not (rented[1].home / "lorasmith-runs").exists()
+
+
+@pytest.mark.slow
+def test_a_server_answers_with_the_result_until_it_is_ended(machine):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rented = machine(serve_port=port)
+    assert rented.run("setup") == (0, "")
+    process = rented.start("run", LORASMITH_API_KEYS="sk-of-the-whole-team")
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    question = {
+        "model": "faq",
+        "messages": [{"role": "user", "content": "What is number 3?"}],
+        "max_tokens": 8,
+    }
+
+    def ask(key):
+        return httpx2.post(url, json=question, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+    until = time.monotonic() + 240
+    while True:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until
+        try:
+            answer = ask("sk-of-the-whole-team")
+            break
+        except httpx2.ConnectError:
+            time.sleep(0.2)
+    assert answer.json()["choices"][0]["message"]["content"]
+    assert ask("sk-of-somebody-else").status_code == 401
+    assert json.loads((rented.copy / "run.json").read_text())["result"]["steps"] == NUM_STEPS
+    rented.end_politely(process)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    with pytest.raises(httpx2.ConnectError):
+        ask("sk-of-the-whole-team")

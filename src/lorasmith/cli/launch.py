@@ -36,12 +36,12 @@ from lorasmith.cloud.workdir import fill_workdir
 from lorasmith.errors import CloudError, RunError, SettingsError
 from lorasmith.model.gpus import find_gpu
 from lorasmith.model.settings import BUILT_IN
+from lorasmith.serve.keys import KEYS_VARIABLE, read_keys
 
 CONTEXT_SETTINGS = {"ignore_unknown_options": False}
 _ACTIONS = ("status", "logs", "down", "fetch")
 _TRIED_GPUS = ("T4", "L4", "A10G", "L40S", "A100", "A100-80GB", "H100")  # where --gpu names none
 _SCHEME_OF_CLOUD = {"aws": "s3", "gcp": "gs"}
-_KEYS = "LORASMITH_API_KEYS"  # what lorasmith serve asks of those who come over the network
 
 
 def command(
@@ -313,9 +313,10 @@ def _check_serve(nodes: int, spot: bool, max_cost: float | None) -> None:
         raise SettingsError(
             "--serve does not end by itself. Say how much rent it may use: --max-cost DOLLARS"
         )
-    if not os.environ.get(_KEYS):
+    if not read_keys(None):
         raise SettingsError(
-            f"--serve opens a port to everybody. Put keys into {_KEYS}, separated by commas; they travel as a secret."
+            f"--serve opens a port to everybody. Put keys into {KEYS_VARIABLE}, separated by commas; they travel as a "
+            "secret."
         )
 
 
@@ -323,7 +324,7 @@ def _secrets(named: Sequence[str], serve: bool) -> tuple[str, ...]:
     if missing := [name for name in named if name not in os.environ]:
         raise SettingsError(f"--secret {missing[0]}: there is no environment variable of that name.")
     found = ["HF_TOKEN"] if "HF_TOKEN" in os.environ else []
-    return tuple(dict.fromkeys([*found, *([_KEYS] if serve else []), *named]))
+    return tuple(dict.fromkeys([*found, *([KEYS_VARIABLE] if serve else []), *named]))
 
 
 def _extras(run_file: RunFile, serve: bool) -> list[str]:
@@ -407,9 +408,8 @@ def _start(
         if not sys.stdin.isatty():
             raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
         typer.confirm(f"Rent {quotes[0].offer.machine}, or one of the other offers above?", abort=True)
-    write_record(
-        root, LaunchRecord.of(launch, base)
-    )  # before: Ctrl-C ends the waiting, not what SkyPilot does
+    # Before the start: Ctrl-C ends the waiting, not what SkyPilot does.
+    write_record(root, LaunchRecord.of(launch, base))
     try:
         sky.start(launch, task)
     except CloudError:

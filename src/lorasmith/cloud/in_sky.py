@@ -38,10 +38,8 @@ def _lacks(cloud: str, needs: list[str]) -> list[str]:
             )
         except sky.exceptions.NotSupportedError:
             lacking.append(need)
-        except (
-            ImportError
-        ):  # Kubernetes' own package is missing beside this client; its API server may have it
-            break
+        except ImportError:
+            break  # Kubernetes' own package is missing beside this client; its API server may have it
     return lacking
 
 
@@ -105,10 +103,8 @@ def knows(question: dict[str, Any]) -> bool:
         return bool(sdk.get(sdk.status([question["name"]])))
     try:
         jobs, *_ = sdk.get(sky.jobs.queue_v2(refresh=False, all_users=False, name_match=question["name"]))
-    except (
-        sky.exceptions.ClusterNotUpError
-    ) as fault:  # the machine that watches jobs: there is none, or it sleeps
-        return fault.cluster_status is not None
+    except sky.exceptions.ClusterNotUpError as fault:
+        return fault.cluster_status is not None  # the machine that watches jobs sleeps; None: there is none
     return any(job["job_name"] == question["name"] for job in jobs)
 
 
