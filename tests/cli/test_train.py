@@ -119,6 +119,7 @@ def test_what_an_objective_tells_stands_beside_the_loss(lorasmith, tiny_base_fol
     more = (f"objective.name={name}", "training.validation_share=0.3", "--name", "mine")
     result = lorasmith(*train_words(tiny_base_folder, rows, *more))
     assert result.exit_code == 0, result.output
+    assert f"steps of 4 {'answers' if name == 'kto' else 'pairs'}." in result.output
     assert re.search(rf"step 1/\d+  loss \d.*  {shown} -?\d\.\d{{3}}  right \d+%", result.output)
     assert re.search(r"validation loss \d\.\d+, right \d+%", result.output)
 
@@ -328,6 +329,9 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tiny_base_folder,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert f"Going on from step {done}" in resumed.stdout
+    assert (
+        "its next-token loss of " in resumed.stdout
+    )  # with another objective it is not the loss of the steps
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 301))
 

@@ -236,11 +236,11 @@ def _is_finished(run_dir: Path, run_file: RunFile) -> bool:
 
 def _print_plan(job: "TrainingJob") -> None:
     """Say what will be done, and what packing saves."""
-    from lorasmith.data.tokens import documents_of, examples_per_row, num_rows
+    from lorasmith.data.tokens import num_rows
 
     gain = job.gain
-    rows = "pairs" if examples_per_row(job.dataset) == 2 else "examples"
-    rows = rows if documents_of(job.dataset) is None else "pieces"
+    others = {"pairs": "pairs", "labelled": "answers", "documents": "pieces"}
+    rows = others.get(job.record.row_kind, "examples")
     ways = [f"{gain.padded:,} padded"]  # the last is that of this run
     if job.forward.packed:
         ways.append(f"{gain.packed:,} packed")

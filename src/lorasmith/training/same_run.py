@@ -89,8 +89,8 @@ def what_to_resume(
         say("The run has no checkpoint yet: it starts from the beginning")
     else:
         say(
-            f"Going on from step {checkpoint.step} ({checkpoint.folder}); its loss of {checkpoint.probe_loss:.4f} on "
-            "an example of that step is computed again and must be the same"
+            f"Going on from step {checkpoint.step} ({checkpoint.folder}); its next-token loss of "
+            f"{checkpoint.probe_loss:.4f} on an example of that step is computed again and must be the same"
         )
     return checkpoint
 
