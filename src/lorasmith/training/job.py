@@ -526,7 +526,7 @@ def _make_objective(
         return NEXT_TOKEN
     references = {}
     if objective.needs_reference:
-        say("Reference: the base's log probabilities of the answers (computed once; later runs find them kept)")
+        say("Reference: the base's log probabilities of the answers (computed once and kept for later runs)")
     both = {"train": dataset} if validation is None else {"train": dataset, "validation": validation}
     for name, examples in both.items():
         if objective.needs_reference:
