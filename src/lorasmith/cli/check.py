@@ -42,12 +42,8 @@ _MOST_ROWS_TO_GROUP = 100_000  # counting takes 20 microseconds a row
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
 _BAR_WIDTH = 40
-_UNITS = {
-    "answers": "examples",
-    "pairs": "pairs",
-    "labelled": "answers",
-    "documents": "pieces",
-}  # what a step counts
+# What a step counts.
+_UNITS = {"answers": "examples", "pairs": "pairs", "labelled": "answers", "documents": "pieces"}
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 

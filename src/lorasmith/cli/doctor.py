@@ -33,10 +33,8 @@ EXTRAS = {
     "langchain": "LangChain's chat model (lorasmith.langchain)",
     "studio": "lorasmith serve --studio",
 }
-MIN_FREE_GB, MIN_MEMORY_GB = (
-    3.0,
-    3.0,
-)  # the built-in base dequantised, a run and a merge; its training at peak
+MIN_FREE_GB = 3.0  # the built-in base dequantised, a run and a merge
+MIN_MEMORY_GB = 3.0  # its training at peak
 
 State = Literal["ok", "optional", "broken"]
 _SIGNS = {"ok": "[green]ok[/]", "optional": "[yellow]--[/]", "broken": "[bold red]!![/]"}

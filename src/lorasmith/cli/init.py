@@ -12,10 +12,11 @@ from lorasmith.cli.console import console
 from lorasmith.cli.run_file import RunFile, make_run_name, read_yaml, section_fields
 from lorasmith.errors import RunError
 from lorasmith.model.method_settings import LoraSettings
+from lorasmith.model.settings import BUILT_IN
 
 # What a first run file sets; everything else stands in it as a comment with its default.
 _CHOSEN: dict[str, Any] = {
-    "base.model": "smollm2-135m",
+    "base.model": BUILT_IN,
     "data.train": "train.json",
     "training.epochs": 10,
     "run.name": None,  # the folder's name

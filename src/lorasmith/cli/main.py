@@ -108,15 +108,13 @@ def main() -> None:
         sys.exit(EXIT_WRONG_INPUT if isinstance(error, (SettingsError, DataError)) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (
-        OSError
-    ) as error:  # the disk is full, a folder may not be written to, a file stands where a folder should
+    except OSError as error:
+        # The disk is full, a folder may not be written to, a file stands where a folder should.
         _print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(EXIT_FAILED)
     except RuntimeError as error:
-        if (
-            type(error).__name__ != "OutOfMemoryError"
-        ):  # torch's; importing torch to name it would take seconds
+        # torch's; importing torch to name it would take seconds.
+        if type(error).__name__ != "OutOfMemoryError":
             raise
         _print_error(
             "The device has too little memory for this. Use a smaller training.micro_batch_tokens, "

@@ -24,7 +24,7 @@ from lorasmith.errors import SettingsError
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.files import write_whole
 from lorasmith.model.method_settings import METHODS, LoraSettings, MethodSettings
-from lorasmith.model.settings import BaseSettings
+from lorasmith.model.settings import BUILT_IN, BaseSettings
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -274,13 +274,8 @@ _PATHS = {
     ("prompt", "recipe"),
     ("report", "data"),
 }
-_NAMES = {
-    "auto",
-    "alpaca",
-    "chat",
-    "text",
-    "smollm2-135m",
-}  # mean what they say, whatever files of that name there are
+# These mean what they say, whatever files of that name there are.
+_NAMES = {"auto", "alpaca", "chat", "text", BUILT_IN}
 
 
 def _relative_to(folder: Path, value: Any) -> Any:

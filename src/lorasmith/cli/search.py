@@ -150,9 +150,8 @@ def search(
         except TrainingError as fault:
             study.tell(trial, state=TrialState.FAIL)
             tell(f"{told}: failed: {fault}")
-            if all(trial.state == TrialState.FAIL for trial in study.trials) and len(study.trials) > len(
-                spaces
-            ):
+            none_came_through = all(trial.state == TrialState.FAIL for trial in study.trials)
+            if none_came_through and len(study.trials) > len(spaces):
                 raise
             continue
         states = {"finished": TrialState.COMPLETE, "behind": TrialState.PRUNED}

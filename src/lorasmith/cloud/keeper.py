@@ -35,9 +35,8 @@ class Mirror:
 
     def __init__(self, run_dir: Path, copy: Path) -> None:
         self.run_dir, self.copy = run_dir, copy
-        self._seen: dict[
-            str, Any
-        ] = {}  # what the copy has: name -> time and size of the file that was copied
+        # What the copy has: name -> time and size of the file that was copied.
+        self._seen: dict[str, Any] = {}
 
     def restore(self) -> Path | None:
         """Replace the run folder by its copy, without checkpoints that are not whole; None if there is no copy.

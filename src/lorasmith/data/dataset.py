@@ -37,8 +37,9 @@ SHARD_ROWS = 5_000
 SHARD_CHARS = 8 << 20  # a shard is closed when it holds as many, and what is in flight stays small
 ROWS_FOR_WORKERS = 20_000  # below that, starting processes takes longer than it saves
 CHARS_FOR_WORKERS = 16 << 20  # the same for long texts
-OVERLONG = "too long"  # the receipt's words for rows over max_seq_len, and for those that truncation
-NO_ROOM = "no room for an answer"  # would leave without an answer
+# The receipt's words for rows over max_seq_len, and for those that truncation would leave without an answer.
+OVERLONG = "too long"
+NO_ROOM = "no room for an answer"
 _MAX_LISTED = 1000  # faults in an error's text
 _NEEDED: dict[RowKind, str] = {  # what a row must have
     "answers": "A row needs a question and an answer",

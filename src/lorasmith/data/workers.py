@@ -57,10 +57,8 @@ def count_cores() -> int:
 
 def write_shards_here(writer: ShardWriter, jobs: Iterable[Job]) -> Iterator[Job]:
     """Write the shards in this process; yield each job when it is done."""
-    recipe, encoder = (
-        PromptRecipe.from_json(writer.recipe),
-        Encoder(writer.tokenizer_json, writer.special_tokens, remembers_words=writer.remembers_words),
-    )
+    recipe = PromptRecipe.from_json(writer.recipe)
+    encoder = Encoder(writer.tokenizer_json, writer.special_tokens, remembers_words=writer.remembers_words)
     for job in jobs:
         write_shard(writer.folder, job.key, job.conversations, recipe, encoder)
         yield job

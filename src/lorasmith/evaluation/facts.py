@@ -55,9 +55,8 @@ _MONTHS = (
 _AMOUNT = re.compile(r"[$€£]?\d+(?:[.,:]\d+)*(?:%|\s?[ap]m\b|[a-z]+)?")  # $300, 5%, 10 am, 1st, 1,700, 9:30
 _WORD = re.compile(r"[\w'’-]*\w")
 _QUOTED = re.compile(r"`([^`]+)`|\"([^\"]+)\"|“([^”]+)”|(?<!\w)['‘]([^'’]+)['’](?!\w)")
-_COMMAND = re.compile(
-    r"(?<!\S)/\w+|\S+@\S+\w|\bhttps?://\S+\w|#\w+"
-)  # /tip, a mail address, a link, #channel
+# /tip, a mail address, a link, #channel
+_COMMAND = re.compile(r"(?<!\S)/\w+|\S+@\S+\w|\bhttps?://\S+\w|#\w+")
 _NEGATION = re.compile(r"\b(?:no|not|never|nobody|nothing|none|neither|cannot|\w+n['’]t)\b")
 
 

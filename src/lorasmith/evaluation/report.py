@@ -171,11 +171,9 @@ def make_report(
     rows = [row for question_set in sets for row in question_set.rows]
     is_of_texts = record.row_kind == "documents"
     num_answers = training.count_answers()
-    trained_rows = (
-        []  # texts are no questions
-        if is_of_texts
-        else sample_training(training.answers(), num_answers, settings.max_training_questions)
-    )
+    trained_rows = []  # texts are no questions
+    if not is_of_texts:
+        trained_rows = sample_training(training.answers(), num_answers, settings.max_training_questions)
 
     def ask(side: KeptChat, name: str, some: Sequence[EvaluationRow], max_tokens: int) -> AnswersReport:
         return evaluate_answers(

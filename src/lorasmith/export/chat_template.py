@@ -37,9 +37,8 @@ def chat_template(recipe: PromptRecipe) -> str:
     if "date_string" in recipe.template:  # Llama 3 prints today's date; training saw one fixed day
         before.insert(0, "{% set date_string = " + _quote(RECIPE_DATE.strftime("%d %b %Y")) + " %}")
     if before and recipe.template.startswith("\n"):
-        before.append(
-            "{{ '' }}"
-        )  # keeps that line break; a statement would eat it, and llama.cpp knows no "+%}"
+        # Keeps that line break; a statement would eat it, and llama.cpp knows no "+%}".
+        before.append("{{ '' }}")
     return "".join(before) + recipe.template + after
 
 

@@ -26,9 +26,8 @@ from lorasmith.model.methods import num_virtual_tokens
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 MIN_SHARED_TOKENS = 4  # a shorter common beginning is not worth a forward of its own
-MIN_SAVED_TOKENS = (
-    512  # that a group must save: a batch's 64 decoding steps cost about as much as reading them
-)
+# That a group must save: a batch's 64 decoding steps cost about as much as reading them.
+MIN_SAVED_TOKENS = 512
 MAX_BATCH_TOKENS = 16_384  # bounds the keys and values: 0.8 GB for a 135M model in float32
 
 

@@ -135,9 +135,8 @@ def find_adapted(
     if pulled := _pull(folder.as_posix(), base, recipe, tell):
         return pulled
     if (folder / "run.json").is_file() or not (folder / "adapter_config.json").is_file():
-        is_pushed = (
-            folder / "adapter_config.json"
-        ).is_file()  # a copy from the Hub, where both lie side by side
+        # A copy from the Hub, where both lie side by side.
+        is_pushed = (folder / "adapter_config.json").is_file()
         return find_run(folder, adapter=folder if is_pushed else None, base=base, tell=tell)
     for run_dir in list(folder.resolve().parents)[:3]:
         if (run_dir / "run.json").is_file():

@@ -126,9 +126,8 @@ def _read_tensor(f: BinaryIO) -> GgufTensor:
     (num_dims,) = _read(f, "I")
     dims = _read(f, f"{num_dims}Q")
     ggml_type, offset = _read(f, "IQ")
-    return GgufTensor(
-        name, tuple(reversed(dims)), ggml_type, offset
-    )  # ggml counts the fastest dimension first
+    shape = tuple(reversed(dims))  # ggml counts the fastest dimension first
+    return GgufTensor(name, shape, ggml_type, offset)
 
 
 def _convert_smollm(file: Path, header: GgufHeader, folder: Path) -> None:

@@ -166,9 +166,8 @@ async def _read_body(request: Request, service: Service) -> Any:
                 f"The request is larger than {limit:,} bytes.", status=413, code="request_too_large"
             )
     try:
-        return from_json(
-            body, allow_inf_nan=False
-        )  # refuses halves of characters too: no tokenizer takes them
+        # Refuses halves of characters too: no tokenizer takes them.
+        return from_json(body, allow_inf_nan=False)
     except ValueError as fault:
         raise RequestError(f"The request is no JSON: {fault}") from None
 

@@ -27,9 +27,8 @@ _CUDA_CONTEXT = round(0.8 * 2**30)  # assumed: context, kernels, cuBLAS workspac
 _SHARE_OF_PEAK_RATE = (0.25, 0.5)  # assumed: what a step reaches of a GPU's peak rate, small and large models
 SECONDS_TO_START_AN_OPERATION = 8e-6  # assumed: eager PyTorch's own work for a kernel, however small
 _BYTES_OF_A_TOKEN_ON_DISK = 4
-_SHARE_WITHOUT_GRADIENT = (
-    0.5  # of a step's time: backwards through a frozen base takes about as long as forwards
-)
+# Of a step's time: backwards through a frozen base takes about as long as forwards.
+_SHARE_WITHOUT_GRADIENT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,7 @@ class Estimate:
     memory_bytes: int  # that can be used there
     num_steps: int
     num_tokens: int  # that the run computes
-    num_asked: (
-        int  # and those that go through without gradient: the reference, and what KTO asks in each step
-    )
+    num_asked: int  # that go through without gradient: the reference, and what KTO asks in each step
     seconds: tuple[float, float] | None  # of all steps, at least and at most; None: it does not fit
     is_bound_by_starts: bool = False
     is_sharded: bool = False  # seconds are then without the traffic of the base's layers

@@ -45,9 +45,8 @@ from lorasmith.training.schedule import learning_rate_at, order_steps
 from lorasmith.training.settings import TrainingSettings
 
 _MOST_OVERFLOWS = 20  # steps in a row that float16 may leave out while its loss scale comes down
-_PROBE_TOLERANCE = (
-    1e-3  # relative: another machine or thread count rounds differently, other weights differ more
-)
+# Relative: another machine or thread count rounds differently, other weights differ more.
+_PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,8 @@ def is_finished(
             differences.append(f"data.validation: it was another then than {data.validation}")
     elif record.data.get("validation_fingerprint") is not None:
         differences.append(f"data.validation: {record.settings['data']['validation']} then, none now")
-    if (
-        settings["base"]["model"] != record.settings["base"]["model"]
-    ):  # another place of the same weights will do
+    if settings["base"]["model"] != record.settings["base"]["model"]:
+        # Another place of the same weights will do.
         fingerprint = resolve_base(BaseSettings.model_validate(settings["base"])).ref.fingerprint
         if fingerprint != record.base.fingerprint:
             differences.append(
