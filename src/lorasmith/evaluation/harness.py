@@ -34,9 +34,9 @@ def run_tasks(
         MissingExtraError: lm-eval is not installed. SettingsError: a task is neither known nor a task file.
     """
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtraError("--tasks", "lm-eval", "lm-eval") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -48,8 +48,9 @@ def run_tasks(
         raise SettingsError(
             f"lm-eval knows no task {unknown[0]}. Name one of `lm_eval ls tasks`, or a .yaml file of your own."
         )
+    evaluate: Any = lm_eval.simple_evaluate  # its types are hidden by a decorator
     with chat.answering() as model:
-        found: Any = lm_eval.simple_evaluate(
+        found = evaluate(
             model=HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
             tasks=names,
             task_manager=manager,
