@@ -36,7 +36,7 @@ def command(
 ) -> None:
     """Teach the built-in base a company's handbook: check, ask, train, ask again, merge with proof, report.
 
-    Takes some minutes on a laptop without a GPU. Started again, it goes on where it was stopped.
+    Takes about twenty minutes on two slow cores. Started again, it goes on where it was stopped.
     """
     started = time.monotonic()
     examples = find_examples()
