@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo    install, then teach the built-in base model the handbook: check, train, ask, merge, report"
 	@echo "make test    install the tools too, then run every test that this machine can"
-	@echo "make check   lint, format, types, import direction, spelling"
+	@echo "make check   lint, format, types, import direction, spelling, generated docs"
 	@echo "make docs    write docs/commands.md and docs/settings.md anew"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
