@@ -1,5 +1,6 @@
 """A question to a document that is longer than the model's context: a note from each part, an answer from the notes.
 
+pip install langchain-text-splitters
 python examples/langchain/map_reduce.py smollm2-135m handbook.md "What does the company pay for?"
 """
 
