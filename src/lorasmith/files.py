@@ -143,6 +143,12 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return ``path``, or the nearest folder above it that is there: the disk that it is on, or will be."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def is_locked(lock: Path) -> bool:
     """Say whether another process holds ``lock`` at this moment."""
     if not lock.is_file():

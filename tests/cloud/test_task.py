@@ -6,7 +6,9 @@ from importlib import metadata
 import pytest
 import yaml
 
+from lorasmith.cli import run_file
 from lorasmith.cli.run_file import load_run_file
+from lorasmith.cloud import workdir
 from lorasmith.cloud.task import Bucket, make_task
 from lorasmith.cloud.workdir import constraints, fill_workdir, requirements
 from lorasmith.errors import SettingsError
@@ -118,6 +120,11 @@ def test_a_folder_that_git_ignores_is_uploaded(tmp_path):
     found = fill(tmp_path / "workdir", f"data.train={tmp_path / 'rows'}")
     uploaded = tmp_path / "workdir" / found["data"]["train"]
     assert [path.name for path in uploaded.iterdir()] == ["rows.json"]
+
+
+def test_what_may_be_a_path_is_what_a_run_file_says_it_is():
+    words = {word for words in workdir._WORDS.values() for word in words}
+    assert (set(workdir._PATHS), words) == (run_file._PATHS, run_file._NAMES)
 
 
 def test_what_is_right_only_here_is_refused(tmp_path):

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.cli.run_file import ENVIRONMENT_PREFIX
+from lorasmith.cli.train import EXIT_STOPPED
 from lorasmith.command import find_error, read_end, start_command
 from lorasmith.errors import TrainingError
 
 Metrics = dict[str, Any]  # a line of metrics.jsonl
 Watch = Callable[[list[Metrics]], bool]  # gets the newest steps; True: end the training now
 
-_STOPPED = (3, 130, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a training that was asked to stop
+# Exit codes of a training that was asked to stop.
+_STOPPED = (EXIT_STOPPED, 130, -signal.SIGINT, -signal.SIGTERM)
 _SECONDS_BETWEEN_LOOKS = 0.5
 _TAIL_BYTES = 1 << 16  # some 200 steps: more than are done between two looks
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lorasmith.cli.console import console
 from lorasmith.data.settings import (
+    ROW_WORDS,
     BadRowPolicy,
     DataSettings,
     FormatName,
@@ -42,8 +43,6 @@ _MOST_ROWS_TO_GROUP = 100_000  # counting takes 20 microseconds a row
 _NUM_SHOWN = 5  # rows in a list that is only to give an idea
 _MAX_FAULTS = 1000
 _BAR_WIDTH = 40
-# What a step counts.
-_UNITS = {"answers": "examples", "pairs": "pairs", "labelled": "answers", "documents": "pieces"}
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -135,7 +134,7 @@ def command(
         if not text:
             _print_cuts(dataset.receipt, settings)
         if gain is not None:
-            _print_gain(gain, f"{batch_size} {_UNITS[kind]}", grouped)
+            _print_gain(gain, f"{batch_size} {ROW_WORDS[kind]}s", grouped)
     if labels and gain is not None and dataset.is_rejected.all() == dataset.is_rejected.any():
         from lorasmith.training.kto import check_labels
 

@@ -21,6 +21,7 @@ from lorasmith.cli.candidates import (
 from lorasmith.cli.console import console
 from lorasmith.cli.report import check_held_out
 from lorasmith.cli.run_file import make_run_name, write_run_file
+from lorasmith.cli.train import EXIT_STOPPED
 from lorasmith.data.sources import open_source
 from lorasmith.errors import LorasmithError, RunError, SettingsError, TrainingError
 from lorasmith.evaluation.comparison import (
@@ -37,7 +38,7 @@ from lorasmith.evaluation.comparison import (
 )
 from lorasmith.model.run_record import read_run_record
 
-EXIT_FAILED, EXIT_STOPPED = 1, 3
+EXIT_FAILED = 1
 _WIDTHS = (7, 5, 8, 4, 7, 5, 7, 7, 5, 6)  # of the columns after the first
 
 

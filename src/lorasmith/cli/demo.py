@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.cli.report import make_page
 from lorasmith.errors import RunError
 
@@ -43,7 +43,7 @@ def command(
     train_file = examples / "handbook" / "handbook_train.json"
 
     from lorasmith.cli.run_file import load_run_file
-    from lorasmith.cli.train import choose_run_dir, train_run
+    from lorasmith.cli.train import EXIT_STOPPED, choose_run_dir, train_run
 
     run_file = load_run_file(examples / "handbook.yaml", settings or ())
     run_dir = choose_run_dir(run_file)
@@ -59,7 +59,7 @@ def command(
     _station(3, "Train", f"lorasmith train {examples / 'handbook.yaml'}")
     if not train_run(run_file, run_dir):
         console.print("Stopped and saved. Go on with: [bold]lorasmith demo[/]")
-        raise typer.Exit(3)
+        raise typer.Exit(EXIT_STOPPED)
 
     _station(4, "Ask the tuned model, after", f'lorasmith ask "{SHOWN[0]}" --run {run_dir}')
     from lorasmith.generation.chat import Chat
@@ -123,7 +123,7 @@ def _ask_base(model: str) -> list[str]:
     """Ask the untuned base the shown questions."""
     from lorasmith.generation.chat import open_chat
 
-    chat = open_chat(model, tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True))
+    chat = open_chat(model, tell=tell)
     answers = _ask_shown(chat)
     for question, answer in zip(SHOWN, answers, strict=True):
         console.print(f"[bold]{escape(question)}[/]\n  {escape(answer)}", soft_wrap=True)

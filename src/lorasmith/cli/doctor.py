@@ -168,6 +168,7 @@ def _examine_room() -> Iterator[Finding]:
     import psutil
 
     from lorasmith.data.cache import cache_dir
+    from lorasmith.files import nearest_existing
 
     memory = psutil.virtual_memory()
     total, free = memory.total / 1e9, memory.available / 1e9
@@ -179,8 +180,7 @@ def _examine_room() -> Iterator[Finding]:
         "" if has_memory else "close other programs: the built-in base needs about 3 GB to train",
     )
     for name, folder in (("disk here", Path.cwd()), ("disk of the cache", cache_dir())):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        space = shutil.disk_usage(there).free / 1e9
+        space = shutil.disk_usage(nearest_existing(folder)).free / 1e9
         has_space = space >= MIN_FREE_GB
         yield Finding(
             name,

@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.cli.run_file import RunFile, load_run_file, prepare
+from lorasmith.files import nearest_existing
 
 if TYPE_CHECKING:
     from lorasmith.training.estimate import Estimate
 
-CONTEXT_SETTINGS = {"ignore_unknown_options": False}
 EXIT_DOES_NOT_FIT = 1
 
 
@@ -50,7 +50,7 @@ def command(
         estimates, disk = estimate_on_gpus(run_file, gpu)
     else:
         estimates, disk = _measure(run_file, quiet=as_json)
-    free_disk = shutil.disk_usage(_existing(Path(run_file.run.root))).free
+    free_disk = shutil.disk_usage(nearest_existing(Path(run_file.run.root))).free
     if as_json:
         report = {"estimates": [e.to_json() for e in estimates], "disk": disk, "free_disk_bytes": free_disk}
         print(json.dumps(report, indent=2))
@@ -62,6 +62,7 @@ def command(
 
 
 def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[str, int]]:
+    from lorasmith.model.base import say_nothing
     from lorasmith.model.memory import keep_freed_memory
     from lorasmith.training.estimate import disk_needed, estimate_here
 
@@ -70,7 +71,7 @@ def _measure(run_file: RunFile, *, quiet: bool) -> tuple[list["Estimate"], dict[
         job = prepare(
             run_file,
             Path(folder) / "estimate",
-            say=lambda line: None if quiet else console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+            say=say_nothing if quiet else tell,
             must_measure=True,
         )
     found = estimate_here(
@@ -208,8 +209,3 @@ def _print_disk(disk: dict[str, int], free: int, root: Path) -> None:
     )
     if total > free:
         console.print("[yellow]Warning:[/] that is more than is free. Name another folder with run.root=DIR.")
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorasmith.cli.asking import asking_progress
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def command(
         from lorasmith.evaluation.store import KeptChat
         from lorasmith.generation.chat import open_chat
 
-        tell = lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True)  # noqa: E731
         chat = open_chat(str(run or model), device=device, dtype=dtype, base=base_model, tell=tell)
         for note in chat.notes:
             tell(note)

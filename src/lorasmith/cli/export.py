@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def command(
         prompts=None if prompts is None else read_questions(prompts),
         base=base,
         overwrite=overwrite,
-        tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+        tell=tell,
     )
     for one in done.files:
         size = f"{one.num_bytes / 1e6:,.1f} MB, written in {one.write_seconds:.1f} s"

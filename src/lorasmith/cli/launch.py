@@ -15,7 +15,7 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.cli.estimate import estimate_on_gpus
 from lorasmith.cli.report import check_held_out
 from lorasmith.cli.run_file import RunFile, load_run_file
@@ -38,7 +38,6 @@ from lorasmith.model.gpus import find_gpu
 from lorasmith.model.settings import BUILT_IN
 from lorasmith.serve.keys import KEYS_VARIABLE, read_keys
 
-CONTEXT_SETTINGS = {"ignore_unknown_options": False}
 _ACTIONS = ("status", "logs", "down", "fetch")
 _TRIED_GPUS = ("T4", "L4", "A10G", "L40S", "A100", "A100-80GB", "H100")  # where --gpu names none
 _SCHEME_OF_CLOUD = {"aws": "s3", "gcp": "gs"}
@@ -118,7 +117,7 @@ def command(
     """
     words = list(arguments or ())
     if install:
-        folder = sky.install(lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True))
+        folder = sky.install(tell)
         console.print(
             f"SkyPilot is installed. Next, your cloud's credentials: [bold]{folder}/bin/sky check[/]"
         )

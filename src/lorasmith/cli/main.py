@@ -55,18 +55,17 @@ class _CommandsOnDemand(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         text, panel = COMMANDS[cmd_name]
-        if _only_lists_commands(ctx):
+        if _only_lists_commands():
             return TyperCommand(cmd_name, help=text, rich_help_panel=panel)
         module = importlib.import_module(f"lorasmith.cli.{cmd_name}")
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        settings: dict[str, Any] = getattr(module, "CONTEXT_SETTINGS", {})
-        app.command(cmd_name, context_settings=settings)(module.command)
+        app.command(cmd_name)(module.command)
         command = get_command(app)
         command.name = cmd_name
         return command
 
 
-def _only_lists_commands(ctx: typer.Context) -> bool:
+def _only_lists_commands() -> bool:
     """Whether this call prints the list of commands: no command was named."""
     return not any(word in COMMANDS for word in sys.argv[1:])
 

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def command(
         prompts=None if prompts is None else read_questions(prompts),
         device=device,
         overwrite=overwrite,
-        tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+        tell=tell,
     )
     print_proof(proof)
     console.print(f"Merged model: [bold]{escape(str(out))}[/] (proof: merge_proof.json)", soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def command(
             to,
             is_public=public,
             overwrite=overwrite,
-            tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+            tell=tell,
         )
     console.print(
         f"[green]Pushed[/] to [bold]{escape(pushed.url)}[/] (commit {pushed.commit[:12]}); every file arrived whole.",

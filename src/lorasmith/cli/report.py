@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from lorasmith.cli.asking import asking_progress
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.cli.run_file import override_report
 from lorasmith.data.settings import RowKind
 from lorasmith.evaluation.settings import ReportSettings
@@ -70,7 +70,7 @@ def make_page(
             merged=merged,
             base=base,
             device=device,
-            tell=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+            tell=tell,
             progress=progress,
         )
         page = write_report(run_dir, report)

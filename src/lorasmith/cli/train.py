@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, tell
 from lorasmith.cli.report import check_held_out, report_after_training
 from lorasmith.cli.run_file import (
     RunFile,
@@ -25,7 +25,7 @@ from lorasmith.cli.run_file import (
     section_fields,
     setting_names,
 )
-from lorasmith.data.settings import BadRowPolicy, OverlongPolicy
+from lorasmith.data.settings import ROW_WORDS, BadRowPolicy, OverlongPolicy
 from lorasmith.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lorasmith.training.job import TrainingJob
     from lorasmith.training.loop import StepReport
 
-CONTEXT_SETTINGS = {"ignore_unknown_options": False}
 EXIT_STOPPED = 3
 
 
@@ -199,7 +198,7 @@ def train_run(run_file: RunFile, run_dir: Path, team: "Team | None" = None) -> b
             job = prepare(
                 run_file,
                 run_dir,
-                say=lambda line: console.print(f"[dim]{escape(line)}[/]", soft_wrap=True),
+                say=tell,
                 progress=progress,
                 team=team,
             )
@@ -239,8 +238,7 @@ def _print_plan(job: "TrainingJob") -> None:
     from lorasmith.data.tokens import num_rows
 
     gain = job.gain
-    others = {"pairs": "pairs", "labelled": "answers", "documents": "pieces"}
-    rows = others.get(job.record.row_kind, "examples")
+    rows = f"{ROW_WORDS[job.record.row_kind]}s"
     ways = [f"{gain.padded:,} padded"]  # the last is that of this run
     if job.forward.packed:
         ways.append(f"{gain.packed:,} packed")

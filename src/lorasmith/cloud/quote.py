@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 SECONDS_AROUND = 600  # assumed, for each start of a machine: booting, installing, uploading the result
 
@@ -66,17 +65,6 @@ class Quote:
         """US dollars for the whole run, started once."""
         least, most = (self.hourly * (seconds + SECONDS_AROUND) / 3600 for seconds in self.seconds)
         return least, most
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "infra": self.offer.infra,
-            "machine": self.offer.machine,
-            "nodes": self.nodes,
-            "spot": self.offer.spot,
-            "hourly": self.hourly,
-            "seconds": list(self.seconds),
-            "cost": list(self.cost),
-        }
 
 
 def cheapest(

@@ -1,5 +1,6 @@
 """What a run file may say about the data and about the prompt: sections ``data`` and ``prompt``."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,6 +9,13 @@ FormatName = Literal[
     "auto", "text", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "labelled"
 ]
 RowKind = Literal["answers", "pairs", "labelled", "documents"]  # what a row teaches: see formats.py
+# What one of them is called on the screen.
+ROW_WORDS: Mapping[RowKind, str] = {
+    "answers": "example",
+    "pairs": "pair",
+    "labelled": "answer",
+    "documents": "piece",
+}
 BadRowPolicy = Literal["error", "skip"]
 OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lorasmith.data.documents import TEXT_READERS, Document
 from lorasmith.data.readers import READERS, BlankLine, Item, Position, Row, RowFault
 from lorasmith.data.settings import RowKind
-from lorasmith.errors import DataError, MissingExtraError
+from lorasmith.errors import DataError, MissingExtraError, first_line
 from lorasmith.files import sha256_of
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _MOST_NAMES = 3  # of files that are not read, in a note
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = ", ".join(READERS)
 _TEXT_SUFFIXES = ", ".join(TEXT_READERS)
 _ALL_READERS = {**READERS, **TEXT_READERS}
@@ -200,7 +200,7 @@ def _count_names(names: Sequence[Path]) -> str:
 def _looks_like_path(text: str) -> bool:
     suffix = Path(text).suffix.lower()
     is_file_name = suffix in _ALL_READERS or ("/" not in text and suffix[1:].isalpha())
-    return is_file_name or not _HUB_ID.fullmatch(text)
+    return is_file_name or not HUB_ID.fullmatch(text)
 
 
 def _nearest(path: Path, readers: Collection[str]) -> str:
@@ -229,10 +229,9 @@ def _load_from_hub(dataset_id: str, split: str) -> HubSplit:
         dataset = datasets.load_dataset(dataset_id, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # By turns: its own errors, ValueError, and OSError (those of httpx and huggingface_hub are).
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{dataset_id!r} is no file or folder here, and the data set of that name could not be loaded "
-            f"from the Hub: {reason} For a file, give its path with its ending ({_SUFFIXES}); for a Hub "
+            f"from the Hub: {first_line(error)} For a file, give its path with its ending ({_SUFFIXES}); for a Hub "
             f"data set, check the id, the split {split!r} and the network."
         ) from error
     return HubSplit(dataset_id, dataset)

@@ -1,10 +1,11 @@
 """How many CPU threads to compute with: on a busy machine, fewer can be faster."""
 
-import os
 import time
 from statistics import median
 
 import torch
+
+from lorasmith.data.workers import count_cores
 
 _ROUNDS = 12
 _CLEARLY_FASTER = 1.5  # a moment's load must not decide a whole run
@@ -17,7 +18,7 @@ def choose_threads() -> tuple[int, str]:
     its core holds up all. So all cores are measured against half of them and against one, in turns (0.3 s),
     and fewer than all are taken only if they are clearly faster.
     """
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = count_cores()
     counts = sorted({most, max(1, most // 2), 1}, reverse=True)
     if len(counts) == 1:
         return most, "the only core"

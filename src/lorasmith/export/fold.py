@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lorasmith.errors import MergeError
-from lorasmith.model.adapter import load_adapter, read_adapter_config, read_adapter_weights
+from lorasmith.model.adapter import load_adapter, read_adapter_weights
+from lorasmith.model.adapter_folder import read_adapter_config
 from lorasmith.model.adapter_kinds import VIRTUAL_TOKENS
 from lorasmith.model.base import ResolvedBase, load_base, weight_files
 from lorasmith.model.device import DeviceChoice
@@ -184,7 +185,7 @@ class _Fold:
 
     def run(self, config: dict[str, Any]) -> None:
         waiting = set(self._updates)
-        head_is_tied = not any("lm_head.weight" in _names(file) for file in weight_files(self._base.folder))
+        head_is_tied = "lm_head.weight" not in _tensor_names(self._base.folder)
         dtypes = set()
         for file in weight_files(self._base.folder):
             with safe_open(file, framework="pt") as tensors:
@@ -292,8 +293,3 @@ def copy_remote_code(base: ResolvedBase, out: Path) -> None:
     """Copy the model's own Python files, without which its config.json cannot be loaded."""
     for file in base.folder.glob("*.py"):
         shutil.copyfile(file, out / file.name)
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())

@@ -29,7 +29,7 @@ from lorasmith.errors import ExportError
 from lorasmith.export.chat_template import chat_template
 from lorasmith.export.fold import plan_updates
 from lorasmith.export.quantise import QUANTS, byte_shape, check_quant, kind_of, pack
-from lorasmith.model.adapter import read_adapter_config
+from lorasmith.model.adapter_folder import read_adapter_config
 from lorasmith.model.base import ResolvedBase, weight_files
 
 _PARTS = {

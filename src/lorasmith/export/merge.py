@@ -28,7 +28,7 @@ from lorasmith.export.proof import (
     spread,
 )
 from lorasmith.export.questions import held_out_questions
-from lorasmith.files import whole_folder, write_whole
+from lorasmith.files import nearest_existing, whole_folder, write_whole
 from lorasmith.model.adapter import update_norm
 from lorasmith.model.base import (
     ResolvedBase,
@@ -170,7 +170,7 @@ def _check_place(out: Path, source: FoundModel, run_dir: Path, overwrite: bool) 
                 f"{out} was not written by a merge (it has no {MERGED_FILE}): --overwrite does not replace it. "
                 "Choose another folder, or remove it yourself."
             )
-    parent = next(folder for folder in out.parents if folder.exists())
+    parent = nearest_existing(out.parent)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise MergeError(

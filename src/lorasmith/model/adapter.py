@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from lorasmith.errors import AdapterError, first_line
 from lorasmith.files import whole_folder, write_checksums
 from lorasmith.model.adapter_folder import CONFIG, PREFIX, WEIGHTS, check_finite, read_adapter_config
-from lorasmith.model.adapter_folder import named_base as named_base
 from lorasmith.model.boft import rotate_by_blocks, spare_boft_kernel
 from lorasmith.model.methods import start_of
 from lorasmith.model.quiet import quiet_loading

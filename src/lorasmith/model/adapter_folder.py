@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorasmith.data.sources import HUB_ID
 from lorasmith.errors import AdapterError
 from lorasmith.files import CHECKSUMS, find_damage, recover_folder
 from lorasmith.model.adapter_kinds import KINDS
@@ -28,7 +29,6 @@ PREFIX = "base_model.model."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PAIR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?")
 # Beside A and B: DoRA's lengths, a bias of B, rows of an embedding, and the base's head where an adapter is on it.
 _BESIDE = re.compile(

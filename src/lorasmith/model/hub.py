@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorasmith.errors import HubError
+from lorasmith.data.sources import HUB_ID
+from lorasmith.errors import HubError, first_line
 from lorasmith.files import CHECKSUMS
-from lorasmith.model.adapter_folder import CONFIG, HUB_ID, WEIGHTS
+from lorasmith.model.adapter_folder import CONFIG, WEIGHTS
 from lorasmith.model.quiet import quiet_loading
 
 _WANTED = [CONFIG, WEIGHTS, CHECKSUMS, "run.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
@@ -106,8 +107,7 @@ def _said(id: str, status: int, message: str | None) -> str:
 
 
 def _broken(id: str, fault: BaseException) -> str:
-    why = str(fault).strip().split("\n")[0] or type(fault).__name__
     return (
-        f"The connection to the Hub broke off for {id} ({why}). No file there has changed. Try again: files that "
-        "arrived whole are not sent again."
+        f"The connection to the Hub broke off for {id} ({first_line(fault)}). No file there has changed. "
+        "Try again: files that arrived whole are not sent again."
     )

@@ -25,9 +25,6 @@ from lorasmith.model.method_settings import (
     Ia3Settings,
     MethodSettings,
     OftSettings,
-    PrefixSettings,
-    PromptSettings,
-    PTuningSettings,
     VeraSettings,
 )
 from lorasmith.model.quiet import quiet_loading
@@ -174,7 +171,7 @@ def _configure(
     model: "PreTrainedModel", settings: AdapterSettings, seed: int, num_steps: int | None
 ) -> "PeftConfig":
     """Return PEFT's config with what depends on the model and the run filled in."""
-    if isinstance(settings, (PromptSettings, PrefixSettings, PTuningSettings)):
+    if settings.uses_virtual_tokens:
         return settings.to_peft()
     if isinstance(settings, Ia3Settings):
         names = settings.target_modules and _check_names(model, settings.target_modules)
