@@ -6,7 +6,7 @@ runs/handbook/
   metrics.jsonl   every step        loss.png   the same as a picture
   samples.jsonl   what run.sample_questions were answered on the way
   checkpoints/    while training, and after it the last and the best
-  adapter/        plain PEFT: the result
+  adapter/        plain PEFT: the result (full fine-tuning: model/)
 """
 
 import json
@@ -30,16 +30,12 @@ from lorasmith.data.example import Message
 from lorasmith.data.prompts import PromptRecipe, choose_recipe
 from lorasmith.data.settings import DataSettings, PromptSettings
 from lorasmith.data.tokens import TokenizedExample, num_rows
-from lorasmith.data.workers import count_cores
-from lorasmith.engine.compilation import choose_compilation
 from lorasmith.engine.forward import PackForward
-from lorasmith.engine.linear import choose_product_dtype
 from lorasmith.engine.settings import EngineSettings
-from lorasmith.engine.threads import choose_threads
 from lorasmith.errors import RunError, SettingsError
 from lorasmith.files import digest, storing, write_whole
 from lorasmith.model.base import ResolvedBase, load_base, load_tokenizer, resolve_base
-from lorasmith.model.device import DeviceChoice, choose_device
+from lorasmith.model.device import DeviceChoice
 from lorasmith.model.memory import measure_peak
 from lorasmith.model.method_settings import FullSettings, MethodSettings
 from lorasmith.model.methods import (
@@ -66,11 +62,20 @@ from lorasmith.training.read_rows import read_rows
 from lorasmith.training.rehearsal import Rehearsal, build_without_weights, copy_without_weights
 from lorasmith.training.reporters import MetricsFile, Trackers, check_trackers, draw_loss, read_metrics
 from lorasmith.training.same_run import what_to_resume
-from lorasmith.training.schedule import choose_learning_rate, order_steps
+from lorasmith.training.schedule import order_steps
 from lorasmith.training.settings import ObjectiveSettings, OutputSettings, TrainingSettings
+from lorasmith.training.settled import (
+    Say,
+    recorded_fit,
+    settle_device,
+    settle_engine,
+    settle_rate,
+    settle_threads,
+    with_fit,
+    with_settled,
+)
 from lorasmith.training.sharding import check_gathered, check_sharding, shard_base
 
-Say = Callable[[str], None]
 Progress = Callable[[str, float], None]  # what is being done, and the share of it that is
 
 _SHARE_OF_MEMORY_FOR_FROZEN_STATES = 0.25
@@ -169,8 +174,8 @@ def prepare_job(
     check_trackers(output.trackers)
     check_settings(asked)
     then = _read_record(run_dir, team)
-    threads = _set_threads(then, engine, say, team)
-    choice = _choose_device(then, base, method, team)
+    threads = settle_threads(then, engine, say, team)
+    choice = settle_device(then, base, method, team)
     # What "auto" meant is recorded: a run that goes on later must not measure again and get something else.
     found = {"dtype": str(choice.dtype).removeprefix("torch."), "device": choice.device.type}
     settings = {
@@ -185,10 +190,7 @@ def prepare_job(
     note = "; for asking only: texts are learnt without a template" if objective.kind == "documents" else ""
     say(f"Prompt recipe: {recipe.name} ({reason}{note})")
 
-    for question in output.sample_questions:
-        if not question.strip():
-            raise SettingsError("run.sample_questions holds an empty question.")
-        recipe.render_prompt((Message("user", question),))
+    _check_samples(output.sample_questions, recipe)
 
     rows = read_rows(data, training, objective.kind, recipe, tokenizer, say=say, progress=progress, team=team)
     dataset, validation = rows.dataset, rows.validation
@@ -214,8 +216,8 @@ def prepare_job(
         say(advice)
     if is_sharded:
         engine = engine.model_copy(update={"compile": False, "reuse_frozen_layers": False})
-    engine = _settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
-    settled = _recorded_fit(then, training, engine)
+    engine = settle_engine(then, engine, model, run_tokens(dataset, training), say, team)
+    settled = recorded_fit(then, training, engine)
     why = "as at the run's start"
     if is_sharded and settled is None:
         settled = Fit.unmeasured(training, engine.gradient_checkpointing is not False, choice.device)
@@ -226,7 +228,7 @@ def prepare_job(
             model, engine, resolved, base, method, training.seed, num_steps, found["dtype"]
         )
     forward = PackForward(model, engine)
-    rate = _choose_rate(then, training, method, objective, model, num_steps, say)
+    rate = settle_rate(then, training, method, objective, model, num_steps, say)
     say(_describe_size(model, method))
     for note in forward.notes:
         say(f"Note: {note}")
@@ -256,21 +258,13 @@ def prepare_job(
         fit = _measure_fit(model, forward, rehearsal, dataset, training, engine, must_measure, team)
         say(f"Memory: {fit}. The largest pack has {fit.largest_pack_tokens:,}; {fit.reason}")
         if fit.measured_tokens:
-            count = num_rows(dataset)
-            num_asked = tokens_to_ask(gain, count, training, objective, forward, has_reference=True)
-            num_tokens = tokens_to_compute(gain, count, training, forward)
-            left = in_steps(num_tokens, num_asked) * fit.seconds_per_token
-            by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
-            say(
-                f"Time: about {in_words(left / team.count)}, "
-                f"at {1 / fit.seconds_per_token:,.0f} tokens a second as measured{by}"
-            )
+            say(_describe_time(fit, gain, num_rows(dataset), training, objective, forward, team))
     forward.set_checkpointing(fit.gradient_checkpointing)
 
     if resume_from is not None:
         assert then is not None, "a checkpoint to go on from lies beside its run.json"
         record = then.model_copy(update={"processes": team.count})
-    record = _with_fit(_with_settled(record, engine, rate), fit)
+    record = with_fit(with_settled(record, engine, rate), fit)
     if team.is_first:
         write_run_record(run_dir, record)
     if team.is_first and resume_from is None:
@@ -295,6 +289,14 @@ def prepare_job(
         team=team,
         objective=learns,
     )
+
+
+def _check_samples(questions: Sequence[str], recipe: PromptRecipe) -> None:
+    """Raise SettingsError or RecipeError for a sample question that could not be asked during the training."""
+    for question in questions:
+        if not question.strip():
+            raise SettingsError("run.sample_questions holds an empty question.")
+        recipe.render_prompt((Message("user", question),))
 
 
 def _load_model(
@@ -388,6 +390,26 @@ def _describe_size(model: PeftModel | PreTrainedModel, method: MethodSettings) -
     )
 
 
+def _describe_time(
+    fit: Fit,
+    gain: Gain,
+    count: int,
+    training: TrainingSettings,
+    objective: ObjectiveSettings,
+    forward: PackForward,
+    team: Team,
+) -> str:
+    """Return how long the run of ``count`` rows takes at the measured speed; the reference has been asked by then."""
+    num_asked = tokens_to_ask(gain, count, training, objective, forward, has_reference=True)
+    num_tokens = tokens_to_compute(gain, count, training, forward)
+    seconds = in_steps(num_tokens, num_asked) * fit.seconds_per_token
+    by = "" if team.count == 1 else f" by one process, {team.count} times as many by all at best"
+    return (
+        f"Time: about {in_words(seconds / team.count)}, "
+        f"at {1 / fit.seconds_per_token:,.0f} tokens a second as measured{by}"
+    )
+
+
 def _keep_frozen_states(
     forward: PackForward,
     dataset: TokenizedDataset,
@@ -478,7 +500,7 @@ def run_job(job: TrainingJob, should_stop: Callable[[], bool] = lambda: False) -
 
     def record_fit(fit: Fit) -> None:
         nonlocal record
-        record = _with_fit(record, fit)
+        record = with_fit(record, fit)
         write_run_record(job.run_dir, record)
 
     try:
@@ -626,128 +648,3 @@ def _what_must_agree(record: RunRecord) -> dict[str, str]:
         "settings": digest({key: value for key, value in record.settings.items() if key != "run"}),
         "versions of libraries": digest(record.versions),
     }
-
-
-def _set_threads(then: RunRecord | None, engine: EngineSettings, say: Say, team: Team = ALONE) -> int:
-    """Set torch's CPU threads and return their number: that of the run's first start, so that sums round alike."""
-    if engine.threads != "auto":
-        threads, reason = engine.threads, "as set"
-    elif team.count > 1:  # a measurement that all make at once would find a busy machine
-        threads = max(1, count_cores() // team.local_count)
-        several = team.local_count > 1
-        reason = f"{team.local_count} processes share the cores" if several else "one for each core"
-        threads = team.from_first(lambda: threads)
-    elif then is not None and then.processes > 1:
-        threads, reason = choose_threads()
-    elif then is not None:
-        threads, reason = then.settings["engine"]["threads"], "as at the run's start"
-    else:
-        threads, reason = choose_threads()
-    torch.set_num_threads(threads)
-    say(f"CPU threads: {threads} ({reason})")
-    return threads
-
-
-def _settle_engine(
-    then: RunRecord | None,
-    engine: EngineSettings,
-    model: PeftModel | PreTrainedModel,
-    num_tokens: int,
-    say: Say,
-    team: Team,
-) -> EngineSettings:
-    """Return ``engine`` with what changes the rounding decided: as at the run's start, or for ``num_tokens`` now."""
-    recorded: dict[str, Any] = {} if then is None else then.settings["engine"]
-    found: dict[str, Any] = {}
-    if engine.product_dtype == "auto":
-        found["product_dtype"] = recorded.get("product_dtype") or team.from_first(
-            lambda: choose_product_dtype(model.device, model.dtype)
-        )
-    if engine.compile == "auto" and "compile" in recorded:
-        found["compile"] = recorded["compile"]
-    elif engine.compile == "auto":
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        found["compile"], reason = team.from_first(lambda: choose_compilation(base, num_tokens))
-        say(f"Compiled: {'yes' if found['compile'] else 'no'} ({reason})")
-    return engine.model_copy(update=found)
-
-
-def _choose_rate(
-    then: RunRecord | None,
-    training: TrainingSettings,
-    method: MethodSettings,
-    objective: ObjectiveSettings,
-    model: PeftModel | PreTrainedModel,
-    num_steps: int,
-    say: Say,
-) -> float:
-    """Return the highest learning rate: as asked, as at the run's start, or for this model, method and length."""
-    if training.learning_rate != "auto":
-        return training.learning_rate
-    recorded = "auto" if then is None else then.settings["training"]["learning_rate"]
-    if recorded != "auto":
-        return float(recorded)
-    rate = choose_learning_rate(model.config, method, objective, num_steps)
-    size = model.config.get_text_config().hidden_size
-    say(f"Learning rate: {rate:.2g} (for a hidden size of {size} and {num_steps:,} steps)")
-    return rate
-
-
-def _with_settled(record: RunRecord, engine: EngineSettings, rate: float) -> RunRecord:
-    """Return ``record`` with what "auto" was found to be in the engine and as learning rate."""
-    found = {
-        "engine": {"product_dtype": engine.product_dtype, "compile": engine.compile},
-        "training": {"learning_rate": rate},
-    }
-    settings = {name: {**values, **found.get(name, {})} for name, values in record.settings.items()}
-    return record.model_copy(update={"settings": settings})
-
-
-def _choose_device(
-    then: RunRecord | None, base: BaseSettings, method: MethodSettings, team: Team = ALONE
-) -> DeviceChoice:
-    """Return where and in which number format to compute; a run that goes on keeps the format it began with."""
-    if base.dtype == "auto" and isinstance(method, FullSettings):
-        return replace(
-            choose_device(base.device, "float32"), reason="what is trained is float32, here every weight"
-        )
-    if base.dtype == "auto" and then is None and team.count > 1:  # one measures, and all do alike
-        dtype, reason = team.from_first(lambda: _as_words(choose_device(base.device)))
-        return replace(choose_device(base.device, dtype), reason=reason)
-    if base.dtype == "auto" and then is not None:
-        return replace(
-            choose_device(base.device, then.settings["base"]["dtype"]), reason="as at the run's start"
-        )
-    return choose_device(base.device, base.dtype)
-
-
-def _as_words(choice: DeviceChoice) -> list[str]:
-    return [str(choice.dtype).removeprefix("torch."), choice.reason]
-
-
-def _recorded_fit(record: RunRecord | None, training: TrainingSettings, engine: EngineSettings) -> Fit | None:
-    """Return how the run's steps were cut so far, so that the rest rounds alike; None if it must be chosen.
-
-    A cut that the settings name anew wins: a run that goes on elsewhere may need one.
-    """
-    if record is None:
-        return None
-    then = (
-        record.settings["training"].get("micro_batch_tokens"),
-        record.settings["engine"].get("gradient_checkpointing"),
-    )
-    now = (training.micro_batch_tokens, engine.gradient_checkpointing)
-    if record.fit is None or any(new not in ("auto", old) for old, new in zip(then, now, strict=True)):
-        return None
-    return Fit.from_json(record.fit)
-
-
-def _with_fit(record: RunRecord, fit: Fit) -> RunRecord:
-    """Return ``record`` with the cut, and with what "auto" was found to be among its settings."""
-    training, engine = record.settings["training"], record.settings["engine"]
-    if training["micro_batch_tokens"] == "auto":
-        training = {**training, "micro_batch_tokens": fit.micro_batch_tokens}
-    if engine["gradient_checkpointing"] == "auto":
-        engine = {**engine, "gradient_checkpointing": fit.gradient_checkpointing}
-    settings = {**record.settings, "training": training, "engine": engine}
-    return record.model_copy(update={"settings": settings, "fit": fit.to_json()})

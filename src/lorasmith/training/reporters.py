@@ -13,6 +13,13 @@ from lorasmith.files import storing, write_whole
 from lorasmith.training.loop import StepReport
 
 SAMPLES = "samples.jsonl"  # in a run folder: what the model answered while it learnt
+# What the loss of a run is, by what its rows are.
+LOSS_IS: Mapping[RowKind, str] = {
+    "answers": "nats per learnt token",
+    "documents": "nats per token",
+    "pairs": "mean over pairs",
+    "labelled": "mean over labelled answers",
+}
 
 
 class MetricsFile:
@@ -58,14 +65,6 @@ def note_samples(run_dir: Path, step: int, asked: Sequence[tuple[str, str]]) -> 
     ]
     with storing(run_dir / SAMPLES), (run_dir / SAMPLES).open("a", encoding="utf-8") as file:
         file.write("".join(lines))
-
-
-LOSS_IS: Mapping[RowKind, str] = {
-    "answers": "nats per learnt token",
-    "documents": "nats per token",
-    "pairs": "mean over pairs",
-    "labelled": "mean over labelled answers",
-}
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
