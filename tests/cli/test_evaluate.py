@@ -69,6 +69,10 @@ def test_an_endpoint_has_no_loss(data, capsys):
     [
         ({}, "Name one thing to evaluate"),
         ({"run": Path("a"), "endpoint": "http://b"}, "Name one thing to evaluate"),
+        (
+            {"run": Path("a"), "data": Path("q"), "endpoint_model": "b"},
+            "--endpoint-model b .* Add --endpoint",
+        ),
         ({"run": Path("a")}, "Nothing to ask"),
         ({"endpoint": "http://b", "tasks": "arc_easy"}, "which an endpoint does not give"),
         ({"endpoint": "http://b", "data": Path("c"), "compare": True}, "does not say what its base is"),

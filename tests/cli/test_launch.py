@@ -297,6 +297,7 @@ def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monk
         (("--serve", "--spot"), "Leave --spot and --nodes out"),
         (("--port", "9000"), "--port 9000 is the port of --serve. Add --serve, or leave --port out"),
         (("--serve",), "Say how much rent it may use: --max-cost"),
+        (("--root", "elsewhere"), "--root is for status, logs, down and fetch. .* run.root=elsewhere"),
         (("--serve", "--max-cost", "4"), "Put keys into LORASMITH_API_KEYS"),
         (("--resume",), "Nothing called faq was launched from here, so there is nothing to go on with"),
         (("base.device=cpu",), "base.device is cpu, which a rented GPU is not"),

@@ -69,6 +69,10 @@ def command(
         raise SettingsError("Name one thing to evaluate: --run RUN, --model DIR, or --endpoint URL.")
     if data is None and tasks is None:
         raise SettingsError("Nothing to ask: name --data FILE, or --tasks NAMES, or both.")
+    if endpoint is None and endpoint_model is not None:
+        raise SettingsError(
+            f"--endpoint-model {endpoint_model} is asked at an endpoint. Add --endpoint URL, or leave it out."
+        )
     if endpoint is not None and tasks is not None:
         raise SettingsError(
             "--tasks needs the model's probabilities, which an endpoint does not give: use --run."

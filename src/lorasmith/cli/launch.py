@@ -107,9 +107,9 @@ def command(
     install: Annotated[
         bool, typer.Option("--install", help="Put SkyPilot into an environment of its own, and end.")
     ] = False,
-    root: Annotated[Path, typer.Option(help="Folder of runs, for status, logs, down and fetch.")] = Path(
-        "runs"
-    ),
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of runs, for status, logs, down and fetch. Default: runs.")
+    ] = None,
 ) -> None:
     """Train on a rented machine by SkyPilot: a quote first, then the job; fetch brings the run home.
 
@@ -121,49 +121,72 @@ def command(
         console.print(
             f"SkyPilot is installed. Next, your cloud's credentials: [bold]{folder}/bin/sky check[/]"
         )
-    elif words and words[0] in _ACTIONS:
-        _act(words[0], words[1:], root)
-    elif not words:
+        return
+    if words and words[0] in _ACTIONS:
+        _act(words[0], words[1:], root or Path("runs"))
+        return
+    if not words:
         raise SettingsError("Nothing to launch: name a run file. What there is to do about a launch: --help")
-    else:
-        path = words.pop(0) if "=" not in words[0] else None
-        run_file = load_run_file(path, words)
-        if serve:
-            _check_serve(nodes, spot, max_cost)
-        elif port is not None:
-            raise SettingsError(f"--port {port} is the port of --serve. Add --serve, or leave --port out.")
-        check_held_out(run_file.report, run_file.objective.kind)  # there it would end a rented machine's work
-        runs, name = Path(run_file.run.root), choose_run_dir(run_file).name
-        records = read_records(runs)
-        earlier = next((record for record in records if record.name == name), None)
-        # A run that goes on does so from its own bucket: the cheapest cloud of today may be another one.
-        known_bucket = earlier.bucket if resume and earlier is not None else None
-        if bucket is not None and known_bucket is not None and Bucket.parse(bucket).url != known_bucket:
-            raise SettingsError(
-                f"--bucket {bucket}: {name} is kept in {known_bucket}, and --resume goes on from there. Leave --bucket "
-                "out; or launch it anew in another bucket under another name: run.name=NAME without --resume."
-            )
-        quotes = _quote(run_file, gpu, cloud, nodes, spot, serve)
-        launch = Launch(
-            name=name,
-            bucket=Bucket.parse(bucket or known_bucket or _default_bucket(quotes[0])),
-            nodes=nodes,
-            needs_built_in=run_file.base.model == BUILT_IN,
-            secrets=_secrets(secret or [], serve),
-            serve_port=(8000 if port is None else port) if serve else None,
-            budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
+    if root is not None:
+        raise SettingsError(
+            f"--root is for status, logs, down and fetch. A launch is noted beside its run: run.root={root}"
         )
-        if not dry_run:
-            _check_new(launch, records, earlier, resume)
-        with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
-            fill_workdir(
-                Path(folder),
-                run_file.model_dump(mode="json", exclude_defaults=True),
-                _extras(run_file, serve),
-            )
-            base = Path(run_file.base.model).expanduser()
-            uploaded = str(base.resolve()) if base.exists() and not launch.needs_built_in else None
-            _start(launch, quotes, folder, runs, uploaded, max_cost, earlier, dry_run=dry_run, asks=not yes)
+    path = words.pop(0) if "=" not in words[0] else None
+    run_file = load_run_file(path, words)
+    if serve:
+        _check_serve(nodes, spot, max_cost)
+    elif port is not None:
+        raise SettingsError(f"--port {port} is the port of --serve. Add --serve, or leave --port out.")
+    check_held_out(run_file.report, run_file.objective.kind)  # there it would end a rented machine's work
+    runs, name = Path(run_file.run.root), choose_run_dir(run_file).name
+    records = read_records(runs)
+    earlier = next((record for record in records if record.name == name), None)
+    bucket = _settle_bucket(bucket, earlier if resume else None)
+    quotes = _quote(run_file, gpu, cloud, nodes, spot, serve)
+    launch = Launch(
+        name=name,
+        bucket=Bucket.parse(bucket or _default_bucket(quotes[0])),
+        nodes=nodes,
+        needs_built_in=run_file.base.model == BUILT_IN,
+        secrets=_secrets(secret or [], serve),
+        serve_port=(8000 if port is None else port) if serve else None,
+        budget_seconds=None if max_cost is None else _budget(max_cost, quotes),
+    )
+    if not dry_run:
+        _check_new(launch, records, earlier, resume)
+    with tempfile.TemporaryDirectory(prefix="lorasmith-launch-") as folder:
+        fill_workdir(
+            Path(folder), run_file.model_dump(mode="json", exclude_defaults=True), _extras(run_file, serve)
+        )
+        task = make_task(launch, quotes, folder)
+        _print_plan(launch, Path(folder), max_cost)
+        if dry_run:
+            _print_task(task)
+            return
+        if not yes:
+            _confirm(quotes[0])
+        _start(launch, task, runs, _uploaded_base(run_file, launch), earlier)
+
+
+def _settle_bucket(named: str | None, earlier: LaunchRecord | None) -> str | None:
+    """Return the bucket as named, or that of the ``earlier`` launch that is gone on with; None: neither.
+
+    A run that goes on does so from its own bucket: the cheapest cloud of today may be another one.
+    """
+    if earlier is None:
+        return named
+    if named is not None and Bucket.parse(named).url != earlier.bucket:
+        raise SettingsError(
+            f"--bucket {named}: {earlier.name} is kept in {earlier.bucket}, and --resume goes on from there. Leave "
+            "--bucket out; or launch it anew in another bucket under another name: run.name=NAME without --resume."
+        )
+    return earlier.bucket
+
+
+def _uploaded_base(run_file: RunFile, launch: Launch) -> str | None:
+    """Return the folder or file of here that travels as the base; None: the machine gets it from elsewhere."""
+    base = Path(run_file.base.model).expanduser()
+    return str(base.resolve()) if base.exists() and not launch.needs_built_in else None
 
 
 def _quote(
@@ -370,20 +393,9 @@ def _check_new(
         raise RunError(f"Nothing called {name} was launched from here, so there is nothing to go on with.")
 
 
-def _start(
-    launch: Launch,
-    quotes: Sequence[Quote],
-    folder: str,
-    root: Path,
-    base: str | None,
-    max_cost: float | None,
-    earlier: LaunchRecord | None,
-    *,
-    dry_run: bool,
-    asks: bool,
-) -> None:
-    task = make_task(launch, quotes, folder)
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+def _print_plan(launch: Launch, folder: Path, max_cost: float | None) -> None:
+    """Say what is uploaded, where the run is kept, and when --max-cost ends it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     console.print(
         f"Upload: {len(files):,} files, {size / 2**20:.1f} MiB. Bucket: {launch.bucket.url}/{launch.name}"
@@ -398,15 +410,25 @@ def _start(
             f"--max-cost ${max_cost:g}: at the dearest of these prices {launch.budget_seconds / 3600:.1f} hours of "
             f"rent, of all machines that this launch gets. {ends}"
         )
-    if dry_run:
-        print(sky.check_task(task), end="\n\n")
-        console.print("Nothing was rented. The task:")
-        print(yaml.dump(task, Dumper=_Readable, sort_keys=False, width=120), end="")
-        return
-    if asks:
-        if not sys.stdin.isatty():
-            raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
-        typer.confirm(f"Rent {quotes[0].offer.machine}, or one of the other offers above?", abort=True)
+
+
+def _print_task(task: dict[str, Any]) -> None:
+    """Print SkyPilot's plan for the task, and the task."""
+    print(sky.check_task(task), end="\n\n")
+    console.print("Nothing was rented. The task:")
+    print(yaml.dump(task, Dumper=_Readable, sort_keys=False, width=120), end="")
+
+
+def _confirm(quote: Quote) -> None:
+    if not sys.stdin.isatty():
+        raise SettingsError("Nobody can be asked whether to spend this: there is no terminal. Say --yes.")
+    typer.confirm(f"Rent {quote.offer.machine}, or one of the other offers above?", abort=True)
+
+
+def _start(
+    launch: Launch, task: dict[str, Any], root: Path, base: str | None, earlier: LaunchRecord | None
+) -> None:
+    """Hand the task to SkyPilot, and note the launch in ``root``; what came to nothing is not noted."""
     # Before the start: Ctrl-C ends the waiting, not what SkyPilot does.
     write_record(root, LaunchRecord.of(launch, base))
     try:
@@ -463,7 +485,7 @@ def _act(action: str, words: Sequence[str], root: Path) -> None:
 
 
 def _print_records(root: Path) -> None:
-    records: list[Any] = read_records(root)
+    records = read_records(root)
     if not records:
         raise RunError(f"Nothing was launched from {root}. Another folder of runs: --root DIR.")
     table = Table("launch", "SkyPilot's name", "copy", "launched (UTC)", box=None, pad_edge=False)
