@@ -90,7 +90,8 @@ class ChatLorasmith(BaseChatModel):
     def chat(self) -> Chat:
         """The Chat that answers in this process; its weights are loaded now if they are not yet.
 
-        Raises: SettingsError with ``base_url``.
+        Raises:
+            SettingsError: with ``base_url``.
         """
         if self.base_url is not None:
             raise SettingsError(
@@ -126,7 +127,8 @@ class ChatLorasmith(BaseChatModel):
         it says ``additionalProperties`` itself or ``strict`` is False. The methods "function_calling" and "json_mode"
         are taken for "json_schema", which gives the same values.
 
-        Raises: SettingsError in this process, or for another method.
+        Raises:
+            SettingsError: in this process, or for another method.
         """
         if self.base_url is None:
             raise SettingsError(

@@ -55,6 +55,7 @@ class Space:
         return {"learning_rate": self.rate, **({"r": self.ranks[0]} if self.ranks else {})}
 
     def suggest(self, trial: "Trial", name: str) -> Settings:
+        """Return the settings that Optuna draws for ``trial``, a trial of the candidate ``name``."""
         low, high = self.rate / _RATE_SPAN, self.rate * _RATE_SPAN
         found = {"learning_rate": trial.suggest_float(f"{name}.learning_rate", low, high, log=True)}
         if self.ranks:
@@ -194,6 +195,7 @@ def with_settings(run_file: RunFile, settings: Settings) -> RunFile:
 
 
 def in_words(name: str, settings: Settings) -> str:
+    """Return a candidate with its settings, as a line on the screen tells them."""
     rank = f", r {settings['r']}" if "r" in settings else ""
     return f"{name}, learning rate {settings['learning_rate']:.2g}{rank}"
 

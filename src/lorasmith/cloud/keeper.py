@@ -190,6 +190,7 @@ def _copy_once(mirror: Mirror, budget: Budget | None) -> list[str]:
 
 
 def main() -> int:
+    """Run as the command line above says, and return the exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--copy", type=Path, required=True)

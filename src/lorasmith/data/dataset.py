@@ -166,6 +166,7 @@ def prepare_dataset(
     """Read, account for and tokenise ``source`` (default: ``data.train``), or find it all in the cache.
 
     Raises:
+        SettingsError: ``data.overlong`` is set for plain texts, which are cut into pieces.
         DataError: the source cannot be read, rows of it are wrong (all are listed), or no row is left.
         OverlongError: examples are longer than max_seq_len, and the policy is "error".
         MissingExtraError: the source needs a package that is not installed.
@@ -218,6 +219,7 @@ def examine_dataset(
     """Do what :func:`prepare_dataset` does, and leave wrong rows to the caller: they are in the receipt.
 
     Raises:
+        SettingsError: as :func:`prepare_dataset`.
         DataError: the source cannot be read at all.
     """
     if kind == "documents":

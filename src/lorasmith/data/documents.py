@@ -11,7 +11,6 @@ Lines end at \n; \r\n and \r are read as that.
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -46,7 +45,7 @@ class Document:
                 yield Example((part,), self.where)
             return
         name, line = self.where.rpartition(":")[0], 1
-        with _opened(self.text) as file:
+        with _open(self.text) as file:
             for part in _in_parts(iter(lambda: file.read(_BLOCK_CHARS), "")):
                 yield Example((part,), f"{name}:{line}")
                 line += part.content.count("\n")
@@ -70,7 +69,7 @@ def read_text(path: Path, name: str, position: Position) -> Iterator["Item | Doc
     if other:
         yield RowFault("not UTF-8", where, f"it is {other}; save it as UTF-8")
         return
-    with _opened(path) as file:
+    with _open(path) as file:
         while block := file.read(_BLOCK_CHARS):
             if wrong := _NO_TEXT.search(block):
                 line += block.count("\n", 0, wrong.start())
@@ -94,10 +93,8 @@ def _fault(character: str, where: str) -> RowFault:
     return RowFault("control character", where, f"U+{code:04X}")
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield file
+def _open(path: Path) -> IO[str]:
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _in_parts(blocks: Iterator[str]) -> Iterator[Message]:

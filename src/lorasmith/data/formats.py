@@ -290,6 +290,7 @@ def _formats_of(kind: RowKind) -> list[Format]:
 
 
 def describe_keys(fields: Mapping[str, Any]) -> str:
+    """Return the keys of a row for an error text: "keys found: id, text"."""
     found = ", ".join(map(str, fields)) or "none"
     return f"keys found: {found if len(found) <= _MOST_LETTERS else found[:_MOST_LETTERS] + ' ...'}"
 

@@ -40,6 +40,8 @@ class RowTable:
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
+    """What was found out about a source: its used rows, its files, the shards that hold the tokens, its receipt."""
+
     table: RowTable
     files: tuple[str, ...]
     shard_keys: tuple[str, ...]

@@ -42,6 +42,8 @@ class RowFault:
 
 @dataclass(frozen=True, slots=True)
 class BlankLine:
+    """A line without a row, counted as skipped."""
+
     where: str
 
 

@@ -98,6 +98,7 @@ class Ledger:
         self._used += 1
 
     def skip(self, reason: str, where: str, detail: str = "", *, was_used: bool = False) -> None:
+        """Enter a row that is left out and no error; ``reason`` is counted, ``detail`` is listed with the row."""
         self._used -= was_used
         self._skipped[reason] += 1
         if len(self._skips) < _MAX_LISTED:

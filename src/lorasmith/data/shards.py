@@ -2,7 +2,7 @@
 
     <key>.npy    int32 [all tokens of the shard]; a token that is not learnt stands as its complement, ~id
     <key>.rows   int32 [rows]: number of tokens (-1: the recipe refused the row), number of learnt tokens;
-                 the sha256 of the .npy file
+                 why rows were refused; the sha256 of the .npy file
 
 The .rows file is written last, each of the two under another name first, and each is known by its sha256: a
 shard that a crash or a bad disk left damaged is made again.

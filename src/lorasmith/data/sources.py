@@ -56,6 +56,8 @@ class DataFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
+    """A data file on this machine; ``name`` is its path from the folder that was named."""
+
     path: Path
     name: str
 
@@ -75,6 +77,8 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class HubSplit:
+    """A split of a data set from the Hub, downloaded; ``name`` is its id."""
+
     name: str
     dataset: Any  # datasets.Dataset
 

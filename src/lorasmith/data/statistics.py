@@ -29,6 +29,7 @@ class Distribution:
     bins: tuple[Bin, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values, as ``lorasmith check --json`` prints them."""
         return asdict(self)
 
 

@@ -53,7 +53,8 @@ def read_evaluation_rows(
     the run are that is judged: where they are labelled, a label of 1 or 0 is one here too. ``skips_faults`` leaves out
     what has no question with an answer, as training does with rows of its validation file.
 
-    Raises: DataError naming the first row that is wrong, or that there is none.
+    Raises:
+        DataError: a row is wrong (the first is named), or there is no row.
     """
     kinds: tuple[RowKind, RowKind] = (
         ("labelled", "answers") if kind == "labelled" else ("answers", "labelled")

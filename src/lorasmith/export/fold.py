@@ -263,6 +263,7 @@ def _merge_in_memory(
     trust_remote_code: bool,
     shard_bytes: int,
 ) -> None:
+    """Merge by PEFT; without ``dtype`` all tensors get the dtype of the base's first."""
     kept = dtype or _stored_dtype(base.folder)
     model = load_base(
         base,

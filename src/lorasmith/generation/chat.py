@@ -79,8 +79,9 @@ class Chat:
     ) -> "Chat":
         """Open a finished run. ``base`` is where its base model lies now, if it was moved.
 
-        Raises: RunError without a readable run.json; BaseModelError when the weights are not those of the
-        run; RecipeError when the recipe renders another text than it did then; AdapterError.
+        Raises:
+            RunError: no readable run.json. BaseModelError: the weights are not those of the run. RecipeError: the
+                recipe renders another text than it did then. AdapterError: it is missing, broken or not finished.
         """
         return cls.open(find_run(Path(run_dir), base=base, tell=tell), device=device, dtype=dtype)
 
@@ -137,8 +138,9 @@ class Chat:
         ``input`` is an Alpaca question's context. ``system`` other than the trained system prompt is refused
         unless ``override_system``.
 
-        Raises: RecipeError for a question that is empty or that the recipe cannot render; OverlongError when
-        it does not fit the model's context.
+        Raises:
+            RecipeError: the question is empty, or the recipe cannot render it.
+            OverlongError: it does not fit the model's context.
         """
         prompt_ids = self.encode_prompt(question, input=input, system=system, override_system=override_system)
         writer = self.new_writer(prompt_ids, sampling)
@@ -236,7 +238,8 @@ class Chat:
     def new_writer(self, prompt_ids: Sequence[int], sampling: SamplingSettings) -> AnswerWriter:
         """Return what an answer to the prompt is written into, token by token, by whoever decodes it.
 
-        Raises: OverlongError when the prompt leaves the model's context no room.
+        Raises:
+            OverlongError: the prompt leaves the model's context no room.
         """
         longest = self.max_context
         room = sampling.max_tokens if longest is None else longest - len(prompt_ids)

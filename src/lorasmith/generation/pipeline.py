@@ -31,7 +31,8 @@ def open_pipeline(
     Its greedy answers are those of ``open_chat``: the prompt is encoded by the recipe of run.json, and an answer
     ends where the recipe says. ``base`` as for ``open_chat``.
 
-    Raises: what ``open_chat`` raises.
+    Raises:
+        LorasmithError: as ``open_chat``.
     """
     found = find_model(source, base=base, tell=tell)
     model: Any = found.load(choose_device(device, dtype))
