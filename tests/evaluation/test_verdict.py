@@ -146,3 +146,4 @@ def test_a_validation_loss_that_rises_again():
     reason = judge_validation(at(3.0, 2.0, 2.5))
     assert reason.level == "look closer"
     assert "lowest at step 2" in reason.text
+    assert "checkpoints/step-000002" in reason.text

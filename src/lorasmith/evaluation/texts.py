@@ -8,7 +8,6 @@ import numpy as np
 
 from lorasmith.data.dataset import TokenizedDataset, prepare_dataset
 from lorasmith.data.settings import DataSettings
-from lorasmith.data.tokens import documents_of
 from lorasmith.errors import DataError
 from lorasmith.evaluation.held_out import Kind, locate
 from lorasmith.evaluation.perplexity import Surprise, surprises
@@ -17,7 +16,7 @@ from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Comparison
 from lorasmith.evaluation.store import KeptChat
 from lorasmith.model.run_record import RunRecord
-from lorasmith.training.schedule import split_for_validation
+from lorasmith.training.schedule import split_dataset
 from lorasmith.training.settings import TrainingSettings
 
 
@@ -105,5 +104,5 @@ def _find_texts(run_dir: Path, record: RunRecord, side: KeptChat) -> tuple[Kind,
         return None
     if texts.fingerprint != record.data["fingerprint"]:
         return None  # other pieces would be held out now
-    _, held_out = split_for_validation(len(texts), training, documents_of(texts))
+    _, held_out = split_dataset(texts, training)
     return "validation share", texts.rows(held_out)

@@ -9,6 +9,7 @@ from lorasmith.evaluation.perplexity import Surprise
 from lorasmith.evaluation.settings import ReportSettings
 from lorasmith.evaluation.statistics import Comparison, Count
 from lorasmith.evaluation.texts import HeldOutText
+from lorasmith.training.checkpoint import checkpoint_name
 
 Level = Literal["good", "look closer", "do not ship"]
 Word = Literal["ship", "look closer", "do not ship"]
@@ -273,7 +274,8 @@ def judge_validation(metrics: Sequence[dict[str, Any]]) -> Reason | None:
         "look closer",
         f"the validation loss has risen since step {best_step}",
         f"It was lowest at step {best_step} ({best:.3f}) and is {last:.3f} at step {last_step}: from there on the "
-        f"model learnt its training data by heart. checkpoints/best holds the weights of step {best_step}.",
+        "model learnt its training data by heart. The weights of then are kept: "
+        f"checkpoints/{checkpoint_name(best_step)}.",
     )
 
 

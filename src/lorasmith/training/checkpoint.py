@@ -55,6 +55,11 @@ class Checkpoint:
     scaler: dict[str, float]  # of float16's loss scale; empty in other formats
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of a step's folder below checkpoints/: "step-000050"."""
+    return f"step-{step:06d}"
+
+
 def save_checkpoint(
     run_dir: Path,
     model: PeftModel | PreTrainedModel,
@@ -68,7 +73,7 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` and remove all but the last ``keep`` and the best."""
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder = run_dir / "checkpoints" / checkpoint_name(step)
     with whole_folder(folder) as part:
         save_trained(model, part, allow_no_effect=True)
         save_file(_optimizer_tensors(model, optimizer), part / _OPTIMIZER)
