@@ -81,8 +81,9 @@ def test_two_recipes_do_not_fit_one_server(trained_run, tmp_path):
     (tmp_path / "other" / "run.json").write_text(json.dumps(record))
     with pytest.raises(RecipeError, match="were trained with other prompt recipes"):
         plan_vllm([("faq", trained_run), ("other", tmp_path / "other")], ServeSettings())
-    notes = " ".join(plan_vllm([("other", tmp_path / "other")], ServeSettings()).notes)
+    notes = " ".join(plan_vllm([("other", tmp_path / "other")], ServeSettings(port=9000, max_rows=4)).notes)
     assert 'clients must send stop=["END"]' in notes
+    assert "that vLLM is not told of: max_rows." in notes
     assert "another system prompt than the trained one is answered" in notes
 
 

@@ -93,6 +93,7 @@ class Row:
         self.write(self.sampler.choose(allowed[None], [self.dice])[0], logits)
 
     def write(self, token_id: int, scores: torch.Tensor) -> None:
+        """Add a token that was chosen by ``scores`` [V], and tell what became final with it."""
         if self.guide is not None and (fault := self.guide.accept(token_id)):
             self.is_cancelled = True
             self.tell(

@@ -40,4 +40,5 @@ def read_fault(fault: LorasmithError) -> RequestError:
 
 
 def error_body(fault: RequestError) -> dict[str, Any]:
+    """Return the body of a refusal, as OpenAI writes it."""
     return {"error": {"message": str(fault), "type": fault.type, "param": fault.param, "code": fault.code}}

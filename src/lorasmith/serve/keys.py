@@ -16,7 +16,11 @@ class Keys:
     """The keys of a server; without any, everybody who reaches it may ask."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        """Raises: SettingsError for a key that is short enough to be guessed."""
+        """Keep the keys' hashes.
+
+        Raises:
+            SettingsError: a key is short enough to be guessed.
+        """
         keys = list(keys)
         if any(len(key) < MIN_KEY_LENGTH for key in keys):
             raise SettingsError(

@@ -83,6 +83,8 @@ class Reply(ABC):
 
 
 class ChatReply(Reply):
+    """The reply to ``POST /v1/chat/completions``."""
+
     prefix, kind, part_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: ServedModel, asked: ChatRequest) -> None:
@@ -118,6 +120,8 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
+    """The reply to ``POST /v1/completions``."""
+
     prefix, kind, part_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: ServedModel, asked: CompletionRequest) -> None:

@@ -262,10 +262,12 @@ def _is_type_name(part: int | str) -> bool:
 
 
 def list_models(models: Iterable[ServedModel]) -> dict[str, Any]:
+    """Return the body of ``GET /v1/models``."""
     return {"object": "list", "data": [model_card(model) for model in models]}
 
 
 def model_card(model: ServedModel) -> dict[str, Any]:
+    """Return one model as ``GET /v1/models`` lists it, with vLLM's keys beside OpenAI's."""
     return {
         "id": model.name,
         "object": "model",
@@ -278,6 +280,7 @@ def model_card(model: ServedModel) -> dict[str, Any]:
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Return a reply's ``usage``, all in tokens; the cached ones are among those of the prompt."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

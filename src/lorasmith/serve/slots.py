@@ -185,6 +185,7 @@ class SlotMasks:
 
 
 def count_layers(model: PreTrainedModel) -> int:
+    """Return how many layers keep keys and values."""
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 

@@ -68,7 +68,7 @@ def plan_vllm(
         ]
         words += ["--enable-lora", "--max-loras", str(len(found)), "--max-lora-rank", str(max(ranks))]
         words += ["--lora-modules", *adapters]
-    return VllmServer(tuple(words), tuple(_notes(first.recipe)))
+    return VllmServer(tuple(words), tuple(_notes(first.recipe, settings)))
 
 
 def _check_alike(first: FoundModel, other: FoundModel) -> None:
@@ -123,12 +123,14 @@ def _write_files(found: FoundModel) -> Path:
     return folder
 
 
-def _notes(recipe: PromptRecipe) -> list[str]:
+def _notes(recipe: PromptRecipe, settings: ServeSettings) -> list[str]:
     notes = ["API keys: set VLLM_API_KEY in vLLM's environment; they do not belong on a command line."]
     if strings := [stop for stop in recipe.stop if stop not in recipe.special_tokens]:
         notes.append(
             f"vLLM has no stop strings of a server's own: clients must send stop={json.dumps(strings)}."
         )
+    if own := settings.model_dump(exclude_defaults=True, exclude={"host", "port"}):
+        notes.append(f"Settings of lorasmith's own server that vLLM is not told of: {', '.join(own)}.")
     if recipe.system is not None:
         notes.append(
             "A request with another system prompt than the trained one is answered, not refused as here."

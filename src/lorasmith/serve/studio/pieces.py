@@ -25,6 +25,7 @@ def fault(error: Exception) -> str:
 
 
 def note(text: str) -> Markup:
+    """Return a line in small print."""
     return Markup('<p class="soft">{}</p>').format(text)
 
 

@@ -163,6 +163,7 @@ def list_described(places: Places) -> list[dict[str, Any]]:
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the runs of :func:`list_described` as a table, and what is wrong with broken ones below it."""
     if not rows:
         return note("There are no runs yet. Start one in the tab Train.")
     cells = []
