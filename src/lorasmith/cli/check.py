@@ -91,14 +91,7 @@ def command(
     from lorasmith.model.base import load_tokenizer, resolve_base
     from lorasmith.training.settings import TrainingSettings
 
-    given = [
-        name for name, is_given in (("--pairs", pairs), ("--labels", labels), ("--text", text)) if is_given
-    ]
-    if len(given) > 1:
-        raise SettingsError(
-            f"{' and '.join(given)} were given: rows are pairs, labelled answers or plain texts. Give one."
-        )
-    kind: RowKind = "pairs" if pairs else "labelled" if labels else "documents" if text else "answers"
+    kind = _choose_kind(pairs=pairs, labels=labels, text=text)
     settings = DataSettings(
         train=data,
         format=format,
@@ -149,6 +142,18 @@ def command(
         _print_verdict(dataset.receipt, train_command + objective)
     if dataset.receipt.failed or not dataset.receipt.used:
         raise typer.Exit(EXIT_WRONG_ROWS)
+
+
+def _choose_kind(*, pairs: bool, labels: bool, text: bool) -> RowKind:
+    """Return what a row is by the one option that says so, if any."""
+    from lorasmith.data.dataset import CHECK_FLAGS
+
+    said: dict[RowKind, bool] = {"pairs": pairs, "labelled": labels, "documents": text}
+    given: list[RowKind] = [kind for kind, is_given in said.items() if is_given]
+    if len(given) > 1:
+        flags = " and ".join(CHECK_FLAGS[kind].strip() for kind in given)
+        raise SettingsError(f"{flags} were given: rows are pairs, labelled answers or plain texts. Give one.")
+    return given[0] if given else "answers"
 
 
 @contextlib.contextmanager
