@@ -368,12 +368,21 @@ def go_to(page, tab):
 
 
 def choose(field, option):
-    """Choose from a list by keys alone, once it is open: on a busy machine Enter can come before it is."""
+    """Choose from a list by keys alone: on a busy machine Enter can come before the list has what was typed.
+
+    A field that is left without a choice is empty again, or has its earlier one.
+    """
     from playwright.sync_api import expect
 
-    field.fill(option)
-    expect(field.page.get_by_role("option", name=option, exact=True)).to_be_visible()
-    field.press("Enter")
+    for _ in range(5):
+        field.fill(option)
+        expect(field.page.get_by_role("option", name=option, exact=True)).to_be_visible()
+        field.press("Enter")
+        field.blur()
+        field.page.wait_for_timeout(200)
+        if field.input_value() == option:
+            return
+    pytest.fail(f"{option} could not be chosen in five attempts")
 
 
 def press(page, button):
