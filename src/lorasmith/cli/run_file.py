@@ -81,9 +81,8 @@ def load_run_file(
         run_file = RunFile.model_validate(values)
     except ValidationError as error:
         method = values.get("method", {}).get("name", "lora")
-        faults += _each_once(
-            [_describe(fault, fault["loc"], sources, path, method) for fault in error.errors()]
-        )
+        told = [_describe(fault, fault["loc"], sources, path, method) for fault in error.errors()]
+        faults += _each_once(told)
         run_file = None
     if faults or run_file is None:
         raise _all_at_once(faults)
@@ -109,9 +108,8 @@ def override_report(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Re
     try:
         settings = ReportSettings.model_validate(values["report"])
     except ValidationError as error:
-        faults += _each_once(
-            [_describe(fault, ("report", *fault["loc"]), sources, None, "") for fault in error.errors()]
-        )
+        told = [_describe(fault, ("report", *fault["loc"]), sources, None, "") for fault in error.errors()]
+        faults += _each_once(told)
     if faults or settings is None:
         raise _all_at_once(faults)
     return settings

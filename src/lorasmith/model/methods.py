@@ -200,7 +200,7 @@ def _check_blocks(model: "PreTrainedModel", names: tuple[str, ...], size: int) -
     inputs = {
         path: model.get_submodule(path).weight.shape[-1]  # type: ignore[union-attr,index]
         for path in _linear_paths(model)
-        if any(path == name or path.endswith(f".{name}") for name in names)
+        if any(_is_called(path, name) for name in names)
     }
     for path, count in inputs.items():
         if count % size:
@@ -211,6 +211,11 @@ def _check_blocks(model: "PreTrainedModel", names: tuple[str, ...], size: int) -
                 f"method.oft_block_size={size} does not divide the {count:,} inputs of {path}. "
                 + (f"Use {nearest}." if nearest else "Take method.name=lora.")
             )
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Return whether PEFT means the layer at ``path`` by ``name``: all of the path, or its end."""
+    return path == name or path.endswith(f".{name}")
 
 
 def _linear_paths(model: "PreTrainedModel") -> list[str]:
@@ -242,7 +247,7 @@ def _check_names(model: "PreTrainedModel", names: tuple[str, ...]) -> tuple[str,
     if not names:
         raise SettingsError("method.target_modules is empty; name layers, or use all-linear.")
     paths = _linear_paths(model)
-    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    unknown = [name for name in names if not any(_is_called(path, name) for path in paths)]
     if unknown:
         raise SettingsError(
             f"method.target_modules names {', '.join(unknown)}, which this model does not have. "

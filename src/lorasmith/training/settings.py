@@ -102,12 +102,13 @@ class TrainingSettings(BaseModel):
 ObjectiveName = Literal["sft", "text", "dpo", "ipo", "orpo", "simpo", "kto"]
 _BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 _MARGIN = 1.0
+_WEIGHT = 1.0  # of KTO's answers, whatever their label
 _KINDS: dict[str, RowKind] = {"sft": "answers", "text": "documents", "kto": "labelled"}
 
 
 def objective_defaults(name: str) -> dict[str, float]:
     """Return what those settings of the objective ``name`` stand for that are left out."""
-    own = {"simpo": {"margin": _MARGIN}, "kto": {"desirable_weight": 1.0, "undesirable_weight": 1.0}}
+    own = {"simpo": {"margin": _MARGIN}, "kto": {"desirable_weight": _WEIGHT, "undesirable_weight": _WEIGHT}}
     return {"beta": _BETA[name], **own.get(name, {})} if name in _BETA else {}
 
 
@@ -177,11 +178,11 @@ class ObjectiveSettings(BaseModel):
 
     @property
     def weight_of_desirable(self) -> float:
-        return self.desirable_weight if self.desirable_weight is not None else 1.0
+        return self.desirable_weight if self.desirable_weight is not None else _WEIGHT
 
     @property
     def weight_of_undesirable(self) -> float:
-        return self.undesirable_weight if self.undesirable_weight is not None else 1.0
+        return self.undesirable_weight if self.undesirable_weight is not None else _WEIGHT
 
     @property
     def rate_multiple(self) -> float:
