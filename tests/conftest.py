@@ -40,6 +40,27 @@ CORPUS = [
 ]
 
 
+def use_one_thread():
+    """Make torch compute with one thread: a run in the test's process leaves the number that it chose behind.
+
+    Sums round otherwise with another number, so what is compared bit for bit must not depend on which tests
+    came before.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup():
+    use_one_thread()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    use_one_thread()
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
     """Keep every cache that lorasmith writes inside the test's own folder."""

@@ -35,7 +35,6 @@ SOON = SamplingSettings(max_tokens=30, stop=("A", "s", "u", "q", "}|"))
 
 @pytest.fixture(params=FAMILIES)
 def chat(request, tiny_tokenizer):
-    torch.set_num_threads(1)
     recipe, _ = choose_recipe(PromptSettings(recipe="chat"), tiny_tokenizer)
     return Chat(make_tiny_model(request.param), tiny_tokenizer, recipe)
 

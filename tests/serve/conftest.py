@@ -79,7 +79,6 @@ def serving(service, **options):
 
 
 def open_service(tiny_base_folder, adapters, **settings):
-    torch.set_num_threads(1)
     limits = ServeSettings(**settings)
     models = open_models(
         list(adapters.items()),

@@ -68,7 +68,6 @@ def answer_alone(chats, name, question, sampling):
 
 @pytest.fixture(scope="module")
 def models(tiny_base_folder, adapters):
-    torch.set_num_threads(1)
     return open_models(
         list(adapters.items()), base=str(tiny_base_folder), base_name="tiny", device="cpu", dtype="float32"
     )
