@@ -76,6 +76,10 @@ def test_an_endpoint_has_no_loss(data, capsys):
         ({"run": Path("a")}, "Nothing to ask"),
         ({"endpoint": "http://b", "tasks": "arc_easy"}, "which an endpoint does not give"),
         ({"endpoint": "http://b", "data": Path("c"), "compare": True}, "does not say what its base is"),
+        (
+            {"endpoint": "http://b", "data": Path("c"), "device": "cpu", "base_model": "d"},
+            "--base-model and --device would be ignored beside --endpoint. Leave them out",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated(words, fault):

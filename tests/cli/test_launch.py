@@ -287,6 +287,23 @@ def test_a_server_is_a_machine_that_ends_with_the_money(launch, words, sky, monk
 
 
 @pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            ("fetch", "faq", "--bucket", "s3://b", "--spot"),
+            "--spot and --bucket would be ignored beside launch fetch",
+        ),
+        (("status", "--nodes", "2"), "--nodes would be ignored beside launch status"),
+        (("--install", "--root", "elsewhere"), "--root would be ignored beside --install"),
+        (("run.yaml", "--install"), "--install launches nothing"),
+    ],
+)
+def test_options_of_a_launch_belong_to_a_launch(launch, asked, said):
+    with pytest.raises(SettingsError, match=said):
+        launch(*asked)
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         (("--cloud", "azure"), r"--cloud azure: SkyPilot has credentials for aws, gcp\. .*sky check azure"),

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lorasmith.cli.asking import asking_progress
 from lorasmith.cli.console import console, tell
+from lorasmith.cli.options import refuse_ignored
 from lorasmith.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def command(
         )
     if endpoint is not None and compare:
         raise SettingsError("--compare needs a run: an endpoint does not say what its base is.")
+    if endpoint is not None:
+        refuse_ignored("--endpoint", base_model=base_model, device=device, dtype=dtype)
     from lorasmith.evaluation.questions import read_evaluation_rows, spread_evenly
     from lorasmith.model.run_record import read_run_record
 

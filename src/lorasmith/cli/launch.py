@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lorasmith.cli.console import console, tell
 from lorasmith.cli.estimate import estimate_on_gpus
+from lorasmith.cli.options import refuse_ignored
 from lorasmith.cli.report import check_held_out
 from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.cli.train import choose_run_dir
@@ -116,13 +117,28 @@ def command(
     status lists what was launched from here, logs shows what the machine says, down ends the rent.
     """
     words = list(arguments or ())
+    for_a_launch = {
+        **{
+            "gpu": gpu,
+            "cloud": cloud,
+            "spot": spot,
+            "nodes": nodes > 1,
+            "max_cost": max_cost,
+            "bucket": bucket,
+        },
+        **{"secret": secret, "serve": serve, "port": port, "resume": resume, "dry_run": dry_run},
+    }
     if install:
+        refuse_ignored("--install", **for_a_launch, root=root)
+        if words:
+            raise SettingsError(f"--install launches nothing, so {words[0]} is left out beside it.")
         folder = sky.install(tell)
         console.print(
             f"SkyPilot is installed. Next, your cloud's credentials: [bold]{folder}/bin/sky check[/]"
         )
         return
     if words and words[0] in _ACTIONS:
+        refuse_ignored(f"launch {words[0]}", **for_a_launch)
         _act(words[0], words[1:], root or Path("runs"))
         return
     if not words:

@@ -12,6 +12,7 @@ import typer
 from lorasmith.cli import answering
 from lorasmith.cli.answering import note
 from lorasmith.cli.console import console
+from lorasmith.cli.options import refuse_ignored
 from lorasmith.cli.run_file import RunFile, load_run_file
 from lorasmith.errors import MissingExtraError, SettingsError
 from lorasmith.model.settings import BUILT_IN
@@ -115,6 +116,9 @@ def command(
     )
     _check_studio(engine, studio=studio, folders=(runs_folder, uploads_folder))
     if engine == "vllm":
+        refuse_ignored(
+            "--engine vllm", api_key_file=api_key_file, without_keys=without_keys, device=device, dtype=dtype
+        )
         serve_with_vllm(run or (), settings, base=base, base_name=base_name, execute=execute)
         return
     if execute:
