@@ -45,6 +45,12 @@ def test_the_exit_code_is_that_of_who_failed(capfd):
     assert capfd.readouterr().err == "", "the first one has told the user itself"
 
 
+def test_wrong_input_that_all_refuse_is_told_once(capfd):
+    lines = ("time.sleep(0.5 * (rank == 0))", "sys.stderr.write('no such setting'); sys.exit(2)")
+    assert run_processes([], 3, program(*lines)) == 2
+    assert capfd.readouterr().err == "no such setting"
+
+
 def test_a_signal_is_passed_on_and_the_first_process_says_how_it_ended(tmp_path):
     code = (
         "from lorasmith.cli.processes import run_processes\n"

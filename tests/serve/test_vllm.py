@@ -94,7 +94,7 @@ def test_it_is_printed_or_run(trained_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="There is no vllm on the path"):
         command(run=[str(trained_run)], engine="vllm", execute=True)
-    with pytest.raises(SettingsError, match="--dtype would be ignored beside --engine vllm. Leave it out"):
+    with pytest.raises(SettingsError, match="--dtype would be ignored beside --engine vllm"):
         command(run=[f"faq={trained_run}"], engine="vllm", dtype="bfloat16")
     with pytest.raises(SettingsError, match="--exec belongs to --engine vllm"):
         command(run=[str(trained_run)], execute=True)

@@ -412,8 +412,10 @@ def test_a_run_on_pairs_learns_them_and_goes_on_after_a_stop(tmp_path, tiny_base
         for i in range(24)
     ]
     words = ["objective.name=dpo", "training.validation_share=0.25", "training.learning_rate=1e-2"]
+    words.append(f"data.cache_dir={tmp_path / 'cache'}")
     settings = run_file(tmp_path, tiny_base_folder, rows, *words)
     reports = list(train(settings, tmp_path / "whole"))
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 2, "of training and validation"
     assert reports[-1].num_steps == 2 * 3  # 18 pairs, 8 a step
     assert reports[0].measured["reward_margin"] == pytest.approx(0, abs=1e-4)
     assert reports[-1].measured["reward_accuracy"] == 1

@@ -117,17 +117,15 @@ def command(
     status lists what was launched from here, logs shows what the machine says, down ends the rent.
     """
     words = list(arguments or ())
-    for_a_launch = {
-        **{
-            "gpu": gpu,
-            "cloud": cloud,
-            "spot": spot,
-            "nodes": nodes > 1,
-            "max_cost": max_cost,
-            "bucket": bucket,
-        },
-        **{"secret": secret, "serve": serve, "port": port, "resume": resume, "dry_run": dry_run},
+    for_a_launch: dict[str, Any] = {
+        "gpu": gpu,
+        "cloud": cloud,
+        "spot": spot,
+        "nodes": nodes > 1,
+        "bucket": bucket,
     }
+    for_a_launch |= {"max_cost": max_cost, "secret": secret, "serve": serve, "port": port, "resume": resume}
+    for_a_launch |= {"dry_run": dry_run}
     if install:
         refuse_ignored("--install", **for_a_launch, root=root)
         if words:

@@ -18,6 +18,7 @@ from typing import IO
 from rich.markup import escape
 
 from lorasmith.cli.console import error_console
+from lorasmith.cli.main import EXIT_WRONG_INPUT
 
 _SECONDS_TO_END = 20  # for the others, once one has failed: each finds that out and says so
 _PROGRAM = (sys.executable, "-m", "lorasmith.cli.main")
@@ -48,6 +49,10 @@ def run_processes(words: Sequence[str], count: int, program: Sequence[str] = _PR
         _wait(children, _SECONDS_TO_END)
         if was_stopped():
             return code if code > 0 else 130
+        if (
+            children[0].returncode == EXIT_WRONG_INPUT
+        ):  # it has said what is wrong, and the others say the same
+            return EXIT_WRONG_INPUT
         if failed > 0:
             _tell_of(failed, code, said[failed])
         elif code < 0:

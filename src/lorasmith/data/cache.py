@@ -13,9 +13,9 @@ from lorasmith.errors import DataError, StorageError
 from lorasmith.files import storing, write_whole
 
 
-def cache_dir() -> Path:
-    """Return the cache folder: the environment variable LORASMITH_CACHE, else ~/.cache/lorasmith."""
-    return Path(os.environ.get("LORASMITH_CACHE") or "~/.cache/lorasmith").expanduser()
+def cache_dir(named: str | None = None) -> Path:
+    """Return the cache folder: ``named``, else the environment variable LORASMITH_CACHE, else ~/.cache/lorasmith."""
+    return Path(named or os.environ.get("LORASMITH_CACHE") or "~/.cache/lorasmith").expanduser()
 
 
 def write_to_cache(path: Path, write: Callable[[IO[bytes]], None]) -> None:

@@ -231,7 +231,7 @@ def examine_dataset(
         prompt, _ = choose_recipe(PromptSettings(recipe=TEXT), tokenizer, kind)
     opened = open_source(source or data.train, split=data.split, kind=kind)
     fingerprint = opened.fingerprint()
-    folder = (Path(data.cache_dir).expanduser() if data.cache_dir else cache_dir()) / "data"
+    folder = cache_dir(data.cache_dir) / "data"
     writer = ShardWriter(
         folder / "shards",
         prompt.to_json(),

@@ -52,7 +52,9 @@ class DataSettings(BaseModel):
         description="look up words that came before instead of cutting them into tokens again; the ids are the same",
     )
     cache_dir: str | None = Field(
-        default=None, description="folder for tokenised data; default: LORASMITH_CACHE or ~/.cache/lorasmith"
+        default=None,
+        description="folder for tokenised data and what the base said of it; default: LORASMITH_CACHE or "
+        "~/.cache/lorasmith",
     )
 
 

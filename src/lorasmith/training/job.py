@@ -245,7 +245,7 @@ def prepare_job(
         dataset,
         validation,
         training,
-        data.train,
+        data,
         team,
         say,
         progress,
@@ -527,7 +527,7 @@ def _make_objective(
     dataset: TokenizedDataset,
     validation: TokenizedDataset | None,
     training: TrainingSettings,
-    data_name: str,
+    data: DataSettings,
     team: Team,
     say: Say,
     progress: Progress,
@@ -539,7 +539,7 @@ def _make_objective(
     if objective.name in ("sft", "text"):
         return NEXT_TOKEN
     if objective.name == "kto":
-        check_labels(dataset.is_rejected, data_name)
+        check_labels(dataset.is_rejected, data.train)
         num_bad = int(dataset.is_rejected.sum())
         say(f"Labels: {len(dataset) - num_bad:,} answers are good (true), {num_bad:,} bad (false)")
         if advice := advise_weights(dataset.is_rejected, objective):
@@ -559,6 +559,7 @@ def _make_objective(
                 name,
                 method,
                 base_key=base_key,
+                cache=data.cache_dir,
                 team=team,
                 max_tokens=Fit.unmeasured(training, False, forward.device).micro_batch_tokens,
                 on_progress=lambda share: progress("Asking the base for its log probabilities", share),

@@ -141,14 +141,16 @@ def reference_log_probs(
     *,
     base_key: str,
     max_tokens: int,
+    cache: str | None = None,
     team: Team = ALONE,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
     """Return the base's log probability of each example's learnt tokens, float32 [N]; from the cache if it is there.
 
-    Call it before the first step, also of a run that goes on. ``base_key`` names the base's weights and format.
+    Call it before the first step, also of a run that goes on. ``base_key`` names the base's weights and format,
+    ``cache`` another folder for the cache.
     """
-    path = cache_dir() / "reference" / f"{_key(base_key, dataset)}.npz"
+    path = cache_dir(cache) / "reference" / f"{_key(base_key, dataset)}.npz"
     found = read_arrays(path)
     if not team.any(found is None):  # all compute or none: the passes over a sharded base are made together
         assert found is not None, "no process lacks it"
