@@ -238,22 +238,26 @@ def _print_plan(job: "TrainingJob") -> None:
     from lorasmith.data.tokens import num_rows
 
     gain = job.gain
-    rows = f"{ROW_WORDS[job.record.row_kind]}s"
+    row = ROW_WORDS[job.record.row_kind]
     ways = [f"{gain.padded:,} padded"]  # the last is that of this run
     if job.forward.packed:
         ways.append(f"{gain.packed:,} packed")
     if job.forward.share_prefixes:
         ways.append(f"[bold]{gain.shared:,}[/] with shared prefixes")
     console.print(
-        f"{num_rows(job.dataset):,} {rows}, {job.num_steps:,} steps of {job.training.batch_size} {rows}. "
-        f"Tokens an epoch: {', '.join(ways)}."
+        f"{_count(num_rows(job.dataset), row)}, {_count(job.num_steps, 'step')} of "
+        f"{_count(job.training.batch_size, row)}. Tokens an epoch: {', '.join(ways)}."
     )
     warmup = job.training.num_warmup_steps(job.num_steps)
     if warmup >= job.num_steps:
         console.print(
-            f"[yellow]Warning:[/] the warm-up takes {warmup:,} steps and the run has {job.num_steps:,}: the learning "
-            "rate never gets to its height. Lower training.warmup_steps, or train on more data."
+            f"[yellow]Warning:[/] the warm-up takes {_count(warmup, 'step')} and the run has {job.num_steps:,}: the "
+            "learning rate never gets to its height. Lower training.warmup_steps, or train on more data."
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager
@@ -371,7 +375,7 @@ def _print_result(run_dir: Path) -> None:
     write_card(run_dir)
     result = record.result
     console.print(
-        f"Done: loss [bold]{result['final_loss']:.3f}[/] after {result['steps']:,} steps, "
+        f"Done: loss [bold]{result['final_loss']:.3f}[/] after {_count(result['steps'], 'step')}, "
         f"{result['training_seconds']:,.0f} s of training. {what.capitalize()}: [bold]{escape(str(run_dir / what))}[/]",
         soft_wrap=True,
     )

@@ -45,8 +45,16 @@ _OURS = ("run.json", MERGED_FILE)  # in a repository: that lorasmith pushed it
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG, "run.json", MERGED_FILE, CHECKSUMS)
 # Beside the weights, in the repository of a whole model.
 _OF_A_MODEL = (
-    *("config.json", "generation_config.json", "merge_proof.json", _CHAT_TEMPLATE, "tokenizer*"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "instruct_pipeline.py"),
+    "config.json",
+    "generation_config.json",
+    "merge_proof.json",
+    "instruct_pipeline.py",
+    _CHAT_TEMPLATE,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
 )
 
 
@@ -102,20 +110,25 @@ def prepare(
         if report:
             report["notes"] = [cut_places(note) for note in report["notes"]]
         if data:
-            names = _stage_data(record, folder)
-            card = make_data_card(public, names, license)
-        elif merged is not None:
-            _stage_merged(Path(merged), run_dir, folder)
-            card = make_card(
-                public, report, place=place, is_merged=True, has_gguf=_has_gguf(folder), license=license
-            )
+            title = "data set"
+            card = make_data_card(public, _stage_data(record, folder), license)
         else:
-            _stage_run(run_dir, record, public, folder)
+            title = "adapter" if merged is None else "merged model"
+            if merged is None:
+                _stage_run(run_dir, record, public, folder)
+            else:
+                _stage_merged(Path(merged), run_dir, folder)
             model = folder if (folder / "config.json").exists() else _folder_of(record.base)
-            card = make_card(public, report, place=place, has_gguf=_has_gguf(model), license=license)
+            card = make_card(
+                public,
+                report,
+                place=place,
+                is_merged=merged is not None,
+                has_gguf=_has_gguf(model),
+                license=license,
+            )
         (folder / "README.md").write_text(card, "utf-8")
         files = tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in _files(folder))
-        title = "data set" if data else "merged model" if merged is not None else "adapter"
         yield Parcel(
             folder,
             "dataset" if data else "model",
