@@ -22,7 +22,9 @@ from side_by_side.task import Task
 from side_by_side.workers import BENCH, Worker, WorkerDiedError, peer_python
 
 SETUPS = ("trl", "trl-precomputed")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative, of the losses of each step
+# Relative, of the losses of each step. A loss is of sums over whole answers, which bfloat16 rounds by a nat or more:
+# TRL's own losses with one and with two pairs a batch differ by a fifth. That the work is the same, float32 shows.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import logging
 import sys
 import warnings
 from typing import Any
@@ -100,6 +101,8 @@ def main() -> None:
     """Run the command line; a LorasmithError is printed as text, without a traceback."""
     # Libraries' notices to their developers, such as transformers' about itself, say nothing to a user.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # On CPUs with AVX512-bf16 bitsandbytes says at every import that it lacks a kernel, which nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="lorasmith")
     except LorasmithError as error:
