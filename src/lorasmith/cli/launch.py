@@ -122,14 +122,20 @@ def command(
         "cloud": cloud,
         "spot": spot,
         "nodes": nodes > 1,
+        "max_cost": max_cost,
         "bucket": bucket,
+        "secret": secret,
+        "serve": serve,
+        "port": port,
+        "resume": resume,
+        "dry_run": dry_run,
     }
-    for_a_launch |= {"max_cost": max_cost, "secret": secret, "serve": serve, "port": port, "resume": resume}
-    for_a_launch |= {"dry_run": dry_run}
     if install:
         refuse_ignored("--install", **for_a_launch, root=root)
         if words:
-            raise SettingsError(f"--install launches nothing, so {words[0]} is left out beside it.")
+            raise SettingsError(
+                f"--install launches nothing. Leave {words[0]} out, and launch it afterwards."
+            )
         folder = sky.install(tell)
         console.print(
             f"SkyPilot is installed. Next, your cloud's credentials: [bold]{folder}/bin/sky check[/]"

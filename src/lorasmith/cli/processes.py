@@ -49,10 +49,8 @@ def run_processes(words: Sequence[str], count: int, program: Sequence[str] = _PR
         _wait(children, _SECONDS_TO_END)
         if was_stopped():
             return code if code > 0 else 130
-        if (
-            children[0].returncode == EXIT_WRONG_INPUT
-        ):  # it has said what is wrong, and the others say the same
-            return EXIT_WRONG_INPUT
+        if children[0].returncode == EXIT_WRONG_INPUT:
+            return EXIT_WRONG_INPUT  # it has said what is wrong, and the others would say the same
         if failed > 0:
             _tell_of(failed, code, said[failed])
         elif code < 0:
