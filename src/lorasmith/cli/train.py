@@ -25,7 +25,7 @@ from lorasmith.cli.run_file import (
     section_fields,
     setting_names,
 )
-from lorasmith.data.settings import ROW_WORDS, BadRowPolicy, OverlongPolicy
+from lorasmith.data.settings import ROW_WORDS, BadRowPolicy, OverlongPolicy, in_number
 from lorasmith.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
@@ -245,19 +245,15 @@ def _print_plan(job: "TrainingJob") -> None:
     if job.forward.share_prefixes:
         ways.append(f"[bold]{gain.shared:,}[/] with shared prefixes")
     console.print(
-        f"{_count(num_rows(job.dataset), row)}, {_count(job.num_steps, 'step')} of "
-        f"{_count(job.training.batch_size, row)}. Tokens an epoch: {', '.join(ways)}."
+        f"{in_number(num_rows(job.dataset), row)}, {in_number(job.num_steps, 'step')} of "
+        f"{in_number(job.training.batch_size, row)}. Tokens an epoch: {', '.join(ways)}."
     )
     warmup = job.training.num_warmup_steps(job.num_steps)
     if warmup >= job.num_steps:
         console.print(
-            f"[yellow]Warning:[/] the warm-up takes {_count(warmup, 'step')} and the run has {job.num_steps:,}: the "
+            f"[yellow]Warning:[/] the warm-up takes {in_number(warmup, 'step')} and the run has {job.num_steps:,}: the "
             "learning rate never gets to its height. Lower training.warmup_steps, or train on more data."
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager
@@ -375,7 +371,7 @@ def _print_result(run_dir: Path) -> None:
     write_card(run_dir)
     result = record.result
     console.print(
-        f"Done: loss [bold]{result['final_loss']:.3f}[/] after {_count(result['steps'], 'step')}, "
+        f"Done: loss [bold]{result['final_loss']:.3f}[/] after {in_number(result['steps'], 'step')}, "
         f"{result['training_seconds']:,.0f} s of training. {what.capitalize()}: [bold]{escape(str(run_dir / what))}[/]",
         soft_wrap=True,
     )

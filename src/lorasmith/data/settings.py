@@ -21,6 +21,11 @@ OverlongPolicy = Literal["error", "drop", "truncate"]
 LearntTurns = Literal["all", "last"]
 
 
+def in_number(number: int, noun: str) -> str:
+    """Return "1 example", "2,000 examples": ``noun`` in the singular or the plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class DataSettings(BaseModel):
     """Which rows are read, and what becomes of those that are wrong or too long."""
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lorasmith.data.dataset import CHECK_FLAGS, TokenizedDataset, prepare_dataset
 from lorasmith.data.prompts import PromptRecipe
 from lorasmith.data.receipt import Receipt
-from lorasmith.data.settings import ROW_WORDS, DataSettings, RowKind
+from lorasmith.data.settings import ROW_WORDS, DataSettings, RowKind, in_number
 from lorasmith.data.tokens import documents_of, num_rows, tokenizer_json
 from lorasmith.errors import DataError
 from lorasmith.training.distributed import Team
@@ -88,8 +88,7 @@ def read_rows(
 
 def _count(dataset: TokenizedDataset) -> str:
     """Return how many rows there are, in words, called as training counts them."""
-    what, number = ROW_WORDS[dataset.kind], num_rows(dataset)
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    return in_number(num_rows(dataset), ROW_WORDS[dataset.kind])
 
 
 def _describe_documents(receipt: Receipt, documents: np.ndarray, held_out: Sequence[int]) -> str:
