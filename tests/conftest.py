@@ -124,6 +124,13 @@ def make_tiny_model(family: str):
     return model.eval()
 
 
+def watch_head(model) -> list:
+    """Return a list that is filled with what the output head of ``model`` is given from now on."""
+    given = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    return given
+
+
 @pytest.fixture
 def tiny_llama():
     return make_tiny_model("llama")

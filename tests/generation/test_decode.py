@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_tiny_model
+from conftest import make_tiny_model, watch_head
 from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.generation import decode as decode_module
@@ -96,6 +96,14 @@ def test_finished_rows_leave_the_batch_and_shared_tokens_are_read_once(chat, rea
     lengths = [answer.completion_tokens for answer in answers]
     steps = [(sum(n > step for n in lengths), 1) for step in range(1, max(lengths))]
     assert reads == [(1, shared), (len(prompts), max(map(len, prompts)) - shared), *steps]
+
+
+def test_the_head_gets_the_last_states_as_a_tensor_of_their_own(chat):
+    """A view of them is multiplied by a copy of the head for every row."""
+    given = watch_head(chat._next_token.model)
+    chat.ask_many(QUESTIONS, sampling=SOON)
+    assert max(states.shape[0] for states in given) == len(QUESTIONS)
+    assert all(states.shape[1] == 1 and states.is_contiguous() for states in given)
 
 
 @pytest.mark.parametrize("chat", ["llama"], indirect=True)

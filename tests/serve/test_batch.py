@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from conftest import make_tiny_model
+from conftest import make_tiny_model, watch_head
 from lorasmith.data.prompts import choose_recipe
 from lorasmith.data.settings import PromptSettings
 from lorasmith.generation.chat import Chat
@@ -148,6 +148,17 @@ def test_other_models_answer_as_transformers_generate(family, tiny_tokenizer):
         ids = torch.tensor([row.prompt_ids])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
         assert row.writer.token_ids == whole[0, len(row.prompt_ids) :].tolist()
+
+
+def test_the_head_gets_the_last_states_as_a_tensor_of_their_own(tiny_tokenizer):
+    """A view of them is multiplied by a copy of the head for every row."""
+    recipe, _ = choose_recipe(PromptSettings(recipe="chat"), tiny_tokenizer)
+    chat = Chat(make_tiny_model("llama"), tiny_tokenizer, recipe)
+    given = watch_head(chat._next_token.model)
+    rows = [make_row(chat, None, question, SETTINGS[0], []) for question in QUESTIONS]
+    run(make_batch(chat._next_token.model, chunk_tokens=400), rows)
+    assert max(states.shape[0] for states in given) == len(QUESTIONS)
+    assert all(states.shape[1] == 1 and states.is_contiguous() for states in given)
 
 
 def test_slots_grow_for_those_who_will_come_and_not_beyond():

@@ -80,7 +80,7 @@ class NextToken:
                 inputs_embeds=start.to(self._bare.dtype),
                 past_key_values=cache,
                 use_cache=True,
-                **({"logits_to_keep": 1} if "logits_to_keep" in self._understood else {}),
+                **({"logits_to_keep": last_of(start)} if "logits_to_keep" in self._understood else {}),
             )
             return cache
 
@@ -93,11 +93,12 @@ class NextToken:
         if self._num_virtual:  # they stand before every row, and the cache holds them
             mask = torch.cat([mask.new_ones(len(mask), self._num_virtual), mask], dim=1)
             position_ids = position_ids + self._num_virtual
-        optional = {"position_ids": position_ids.to(device), "logits_to_keep": 1}
+        input_ids = input_ids.to(device)
+        optional = {"position_ids": position_ids.to(device), "logits_to_keep": last_of(input_ids)}
         with self.answering() as model:
             reader: Any = self._bare if self._num_virtual else model
             logits = reader(
-                input_ids=input_ids.to(device),
+                input_ids=input_ids,
                 attention_mask=mask.to(device),
                 past_key_values=cache,
                 use_cache=True,
@@ -128,6 +129,15 @@ class NextToken:
                 part._disable_adapters = False
             for part in in_training:
                 part.training = True
+
+
+def last_of(inputs: torch.Tensor) -> torch.Tensor:
+    """Return the last position of ``inputs`` [B, T, ...] as transformers' ``logits_to_keep``, int64 [1].
+
+    As a number, 1, it makes the model cut a view out of the hidden states, which torch multiplies by a copy of the
+    head for every row: at 32 rows of a 135M model in bfloat16 on a CPU 1.5 s and 1.8 GB, instead of 9 ms by the index.
+    """
+    return torch.full((1,), inputs.shape[1] - 1, device=inputs.device)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasmith.errors import LorasmithError
+from lorasmith.generation.decode import last_of
 from lorasmith.generation.sampler import Sampler
 from lorasmith.generation.sampling import SamplingSettings
 from lorasmith.generation.stream import AnswerWriter, FinishReason
@@ -245,7 +246,7 @@ class Batch:
         width = int(positions.max()) + 1
         self._adapters.choose([row.adapter for row in rows])
         self._cache.place = Place(first, columns.to(device), width)
-        optional = {"position_ids": positions, "logits_to_keep": 1}
+        optional = {"position_ids": positions, "logits_to_keep": last_of(positions)}
         logits = self._model(
             input_ids=input_ids.to(device),
             attention_mask=self._masks.of(positions, width),
