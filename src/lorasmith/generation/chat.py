@@ -179,7 +179,7 @@ class Chat:
         *,
         sampling: SamplingSettings = GREEDY,
         on_answer: Callable[[int, Answer], None] = lambda place, answer: None,
-        batch_size: int = 32,
+        batch_size: int = 64,
     ) -> list[Answer]:
         """Answer many questions at once, in the order asked; in float32 as ``ask`` answers each.
 

@@ -222,7 +222,8 @@ def decode_many(
     """
     for group in group_by_beginning(prompts):
         shared = _read_shared(next_token, [prompts[row] for row in group])
-        for places in plan_batches([len(prompts[row]) for row in group], batch_size):
+        lengths = [len(prompts[row]) + writers[row].max_tokens for row in group]
+        for places in plan_batches(lengths, batch_size):
             rows = [group[place] for place in places]
             _decode_batch(
                 next_token,
@@ -269,7 +270,10 @@ def group_by_beginning(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return batches of row numbers, the longest rows first, none above MAX_BATCH_TOKENS when padded."""
+    """Return batches of row numbers, the longest rows first, none above MAX_BATCH_TOKENS when padded.
+
+    ``lengths`` are those of prompts with the longest answers that they may get.
+    """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         newest = batches[-1] if batches else []
