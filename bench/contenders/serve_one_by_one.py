@@ -1,6 +1,6 @@
 """transformers.generate with PEFT behind the same API, one request after the other: what people write themselves.
 
-    python serve_one_by_one.py PORT BASE THREADS NAME=ADAPTER ...
+    python serve_one_by_one.py PORT BASE DTYPE THREADS NAME=ADAPTER ...
 
 Threads take turns with one lock, as they come; the adapter is switched before each answer. Prints "ready" once it
 listens.
@@ -20,9 +20,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, base: str, adapters: dict[str, str]) -> None:
+    def __init__(self, port: int, base: str, dtype: str, adapters: dict[str, str]) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         for name, folder in adapters.items():
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter_name=name)
@@ -76,9 +76,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    port, base, threads, *named = sys.argv[1:]
+    port, base, dtype, threads, *named = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    server = Server(int(port), base, dict(word.split("=", 1) for word in named))
+    server = Server(int(port), base, dtype, dict(word.split("=", 1) for word in named))
     print("ready", flush=True)
     server.serve_forever()
 
