@@ -179,10 +179,7 @@ def load_checkpoint(
                 f"{checkpoint.folder} has no optimizer state for {name} of shape {tuple(parameter.shape)}: it was "
                 "written with other method settings. Use the settings of that run, or start a new run.name."
             )
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)  # type: ignore[union-attr]
-            for key, value in moments.items()
-        }
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}  # type: ignore[union-attr]
     if is_saved_as_trained(model):
         if team.is_first:
             restore_trained(model, checkpoint.folder)

@@ -120,7 +120,7 @@ def train(
     save_every = settings.save_every or per_epoch
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        group_parameters(model, method), lr=learning_rate, weight_decay=settings.weight_decay
+        group_parameters(model, method), lr=learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     # float16 has gradients too small for its range: they are scaled up, and a step that overflows is left out.
     is_float16 = forward.dtype is torch.float16
