@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
+from lorasmith.cloud import keeper
 from lorasmith.cloud.keeper import Budget, Mirror, keep
 from lorasmith.cloud.quote import SECONDS_AROUND
 from lorasmith.files import write_checksums
@@ -89,6 +91,36 @@ def test_a_new_machine_begins_with_the_copy_and_without_half_checkpoints(run_dir
     ]
     mirror.update()
     assert not half.exists()
+
+
+def test_what_a_lost_machine_had_half_copied_goes(run_dir, tmp_path):
+    """The next machine may make and remove that checkpoint between two copies, and would not touch it again."""
+    mirror = Mirror(run_dir, tmp_path / "bucket" / "id")
+    mirror.update()
+    half = mirror.copy / "checkpoints" / "step-000004"
+    half.mkdir()
+    (half / ".state.json.part").write_text("{")
+    mirror = Mirror(run_dir, mirror.copy)
+    mirror.restore()
+    assert not half.exists()
+    assert names(mirror.copy) == names(run_dir)
+    assert mirror.update() == []
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_copied_leaves_no_folder(run_dir, tmp_path, monkeypatch):
+    mirror = Mirror(run_dir, tmp_path / "bucket" / "id")
+    mirror.update()
+    add_checkpoint(run_dir, 4)
+
+    def stamp(file):
+        found = file.stat()
+        if "step-000004" in file.parts:
+            shutil.rmtree(file.parent)
+        return found.st_mtime_ns, found.st_size
+
+    monkeypatch.setattr(keeper, "_stamp", stamp)
+    assert mirror.update() == []
+    assert [path.name for path in (mirror.copy / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_a_run_that_is_launched_again_takes_the_furthest_copy(run_dir, tmp_path):

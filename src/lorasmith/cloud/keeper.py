@@ -53,6 +53,7 @@ class Mirror:
             if find_damage(checkpoint, needed=()):
                 shutil.rmtree(checkpoint)
         if source == self.copy:
+            self._clear_up()
             self._seen = dict.fromkeys(_files_of(self.copy))
             self._seen |= {name: _stamp(self.run_dir / name) for name in _files_of(self.run_dir)}
         return source
@@ -85,10 +86,26 @@ class Mirror:
 
     def _copy(self, name: str) -> None:
         there = self.copy / name
-        there.parent.mkdir(parents=True, exist_ok=True)
         part = there.with_name(f".{there.name}.part")
-        shutil.copyfile(self.run_dir / name, part)
+        with open(
+            self.run_dir / name, "rb"
+        ) as source:  # before there is a folder: training may have removed it
+            there.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as target:
+                shutil.copyfileobj(source, target)
         os.replace(part, there)
+
+    def _clear_up(self) -> None:
+        """Remove what a machine left that was lost in the middle of a copy.
+
+        The file will not be copied again where training has removed it meanwhile.
+        """
+        for folder, _, files in os.walk(self.copy, topdown=False):
+            for name in files:
+                if name.endswith(".part"):
+                    Path(folder, name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something
+                Path(folder).rmdir()
 
 
 def _files_of(run_dir: Path) -> list[str]:
