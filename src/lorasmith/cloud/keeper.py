@@ -87,9 +87,8 @@ class Mirror:
     def _copy(self, name: str) -> None:
         there = self.copy / name
         part = there.with_name(f".{there.name}.part")
-        with open(
-            self.run_dir / name, "rb"
-        ) as source:  # before there is a folder: training may have removed it
+        # Opened before there is a folder for it: training may just have removed it.
+        with open(self.run_dir / name, "rb") as source:
             there.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as target:
                 shutil.copyfileobj(source, target)
